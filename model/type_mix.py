@@ -1,7 +1,7 @@
-"""Which type each tensor of a Qwen3-MoE file has under Q4_K_M: llama.cpp's mix (llama-quant.cpp, `llama_tensor_get_type`).
+"""Which type each tensor of a Qwen3-MoE file has under Q4_K_M: llama.cpp's mix (`llama_tensor_get_type`).
 
-Most matrices are Q4_K. `output` is Q6_K, and so are `attn_v` and `ffn_down_exps` in the layers that the use-more-bits rule
-picks: the first eighth, the last eighth, and every third layer between. Norms and the router stay F32."""
+Most matrices are Q4_K. `output` is Q6_K, and so are `attn_v` and `ffn_down_exps` in the layers that the use-more-bits
+rule picks: the first eighth, the last eighth, and every third layer between. Norms and the router stay F32."""
 
 import re
 
@@ -33,7 +33,7 @@ def use_more_bits(layer: int, n_layers: int) -> bool:
 
 
 def q4_k_m(tensor: str, n_layers: int) -> str:
-    """The type ("Q4_K", "Q6_K" or "F32") of the tensor called `tensor`; raises `InvalidInput` for a name not in the model."""
+    """The type of the tensor called `tensor`: "Q4_K", "Q6_K" or "F32"; an unknown name raises `InvalidInput`."""
     if tensor in _DENSE:
         return _DENSE[tensor]
     match = _NAME.fullmatch(tensor)
