@@ -1,0 +1,65 @@
+"""Token embedding rows, read from quantised blocks.      table [V, D], tokens [T] i32 -> [T, D] f32
+Promised order: (d*sc)*q - dmin*mn for Q4_K, (d*sc)*(q-32) for Q6_K, one rounding each."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from exactmoe.kernels.errors import require
+from exactmoe.kernels.formats import BLOCK, executable_format
+from exactmoe.kernels.launch import FAITHFUL
+from exactmoe.kernels.q4_k import HIGH_Q4_K, load_codes_q4_k, load_f16, load_scales_q4_k, low_k_q4_k
+from exactmoe.kernels.q6_k import HIGH_Q6_K, load_codes_q6_k, load_scales_q6_k, low_k_q6_k
+from exactmoe.kernels.tensors import QuantMatrix, require_shape
+
+_Q4_K = tl.constexpr(12)
+
+
+def embed(table: QuantMatrix, tokens: Tensor) -> Tensor:
+    """Rows of `table` for tokens [T], which the caller has checked to be 0..V-1; bit-equal to the reference's embed."""
+    executable_format(table.format.name, "embedding")
+    require_shape(table.data, "embedding", table.n, None)
+    require(tokens.dtype == torch.int32, f"tokens must be i32, got {tokens.dtype}")
+    require_shape(tokens, "tokens", None)
+    T = tokens.shape[0]
+    out = torch.empty(T, table.k, dtype=torch.float32, device=tokens.device)
+    if T:
+        blocks = table.k // BLOCK
+        _embed_kernel[(T,)](
+            table.data, tokens, out, NB=blocks, NB2=triton.next_power_of_2(blocks),
+            BYTES=table.format.block_bytes, FORMAT=table.format.ggml_id, num_warps=4, **FAITHFUL,
+        )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _embed_kernel(
+    w_ptr, token_ptr, out_ptr, NB: tl.constexpr, NB2: tl.constexpr, BYTES: tl.constexpr, FORMAT: tl.constexpr
+):
+    t = tl.program_id(0).to(tl.int64)
+    b = tl.arange(0, NB2)
+    live = b < NB
+    block_ptr = w_ptr + (tl.load(token_ptr + t).to(tl.int64) * NB + b) * BYTES
+    out = out_ptr + t * (NB * 256) + b[:, None, None] * 256
+    g = tl.arange(0, 8)
+    if FORMAT == _Q4_K:
+        low, high = load_codes_q4_k(block_ptr, live)
+        k = tl.reshape(low_k_q4_k(), [1, 8, 16])
+        d = load_f16(block_ptr, live)[:, None]
+        dmin = load_f16(block_ptr + 2, live)[:, None]
+        sc, mn = load_scales_q4_k(block_ptr, 2 * (g // 2), live)
+        y = (d * sc.to(tl.float32))[:, :, None] * low.to(tl.float32) - (dmin * mn.to(tl.float32))[:, :, None]
+        tl.store(out + k, y, live[:, None, None])
+        sc, mn = load_scales_q4_k(block_ptr, 2 * (g // 2) + 1, live)
+        y = (d * sc.to(tl.float32))[:, :, None] * high.to(tl.float32) - (dmin * mn.to(tl.float32))[:, :, None]
+        tl.store(out + k + HIGH_Q4_K, y, live[:, None, None])
+    else:
+        low, high = load_codes_q6_k(block_ptr, live)
+        k = tl.reshape(low_k_q6_k(), [1, 8, 16])
+        d = load_f16(block_ptr + 208, live)[:, None]
+        j = 8 * (g // 4) + g % 4
+        y = (d * load_scales_q6_k(block_ptr, j, live).to(tl.float32))[:, :, None] * low.to(tl.float32)
+        tl.store(out + k, y, live[:, None, None])
+        y = (d * load_scales_q6_k(block_ptr, j + 4, live).to(tl.float32))[:, :, None] * high.to(tl.float32)
+        tl.store(out + k + HIGH_Q6_K, y, live[:, None, None])

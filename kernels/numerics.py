@@ -1,0 +1,149 @@
+"""The arithmetic all kernels share, one copy of each move, as numerics-v1 states it.
+
+Every float operation here is one binary32 operation; sums are sums of integers. Triton's own exp, sqrt, `/` and float
+sums are approximate or ordered by the layout, and are not used."""
+
+import triton
+import triton.language as tl
+
+INF_BITS = tl.constexpr(0x7F800000)  # bits of +inf; larger magnitudes are NaN
+NAN_BITS = tl.constexpr(0x7FC00000)  # the one NaN
+TINY_BITS = tl.constexpr((127 - 100) << 23)  # 2^-100: groups below it quantise to zero
+P_ONE = tl.constexpr(1048576.0)  # 2^20: probabilities in fixed point
+
+_ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds |a| <= 2^22 to an integer, ties to even
+_LOG2E = tl.constexpr(1.4426950216293335)  # 0x3fb8aa3b
+_LN2_HI = tl.constexpr(0.693359375)  # 0x3f318000
+_LN2_LO = tl.constexpr(-0.00021219444170128554)  # 0xb95e8083
+_EXP_Q4 = tl.constexpr(0.0013813879340887070)  # 0x3ab50fb0
+_EXP_Q3 = tl.constexpr(0.008369064889848232)  # 0x3c091e66
+_EXP_Q2 = tl.constexpr(0.04166842252016068)  # 0x3d2aac82
+_EXP_Q1 = tl.constexpr(0.16666518151760101)  # 0x3e2aaa47
+_EXP_Q0 = tl.constexpr(0.49999994039535522)  # 0x3efffffe
+
+
+@triton.jit
+def bits_of(x):
+    """The 32 bits of f32 `x` as i32."""
+    return x.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def from_bits(b):
+    """The f32 whose bits are i32 `b`."""
+    return b.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def magnitude(x):
+    """|x| as ordered integer bits: larger magnitude, larger integer; inf and NaN on top."""
+    return bits_of(x) & 0x7FFFFFFF
+
+
+@triton.jit
+def exponent(mag):
+    """floor(log2 |x|) of a normal x from `magnitude(x)`."""
+    return (mag >> 23) - 127
+
+
+@triton.jit
+def pow2(n):
+    """2^n as f32, n an i32 tensor in -126..127."""
+    return from_bits((n + 127) << 23)
+
+
+@triton.jit
+def nan_where(bad, x):
+    """`x` with the one NaN where `bad`."""
+    return from_bits(tl.where(bad, NAN_BITS, bits_of(x)))
+
+
+@triton.jit
+def round_even(x):
+    """Nearest integer to |x| <= 2^22, ties to even, as i32."""
+    return ((x + _ROUND) - _ROUND).to(tl.int32)
+
+
+@triton.jit
+def exp(x):
+    """exp within 1 ulp, clamped to [-87, 88]; NaN stays NaN."""
+    nan = x != x
+    c = tl.minimum(tl.maximum(tl.where(nan, 0.0, x), -87.0), 88.0)
+    n = (c * _LOG2E + _ROUND) - _ROUND
+    rh = c - n * _LN2_HI
+    rl = n * _LN2_LO
+    r = rh - rl
+    q = (((_EXP_Q4 * r + _EXP_Q3) * r + _EXP_Q2) * r + _EXP_Q1) * r + _EXP_Q0
+    y = 1.0 + (rh + ((r * r) * q - rl))
+    return nan_where(nan, from_bits(bits_of(y) + (n.to(tl.int32) << 23)))
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x, correctly rounded."""
+    return tl.div_rn(tl.full(x.shape, 1.0, tl.float32), x)
+
+
+@triton.jit
+def swiglu_of(gate, up):
+    """silu(gate) * up."""
+    return (gate * reciprocal(1.0 + exp(0.0 - gate))) * up
+
+
+@triton.jit
+def inverse_rms(x, width, eps):
+    """1 / sqrt(mean(x^2) + eps) of each row of f32 [M, W], zero beyond `width`; the mean is a sum of integers."""
+    top = tl.max(magnitude(x), axis=1)  # [M]
+    finite = top < INF_BITS
+    e = tl.where(finite, tl.maximum(exponent(top), -100), 0)
+    fixed = tl.where(finite[:, None], x, 0.0) * pow2(23 - e)[:, None]
+    i = fixed.to(tl.int32).to(tl.int64)
+    total = tl.sum(i * i, axis=1).to(tl.float32)
+    down = pow2(e - 23)
+    mean = (tl.div_rn(total, tl.full(total.shape, width, tl.float32)) * down) * down
+    return nan_where(top >= INF_BITS, reciprocal(tl.sqrt_rn(mean + eps)))
+
+
+@triton.jit
+def quantize_8(x):
+    """Each row of f32 [M, W] as i32 in -127..127 and one f32 scale, by ggml's Q8_K rule."""
+    W: tl.constexpr = x.shape[1]
+    mag = magnitude(x)
+    top = tl.max(mag, axis=1)  # [M]
+    live = (top >= TINY_BITS) & (top < INF_BITS)
+    # The first element of largest magnitude gives the sign: smallest index wins, its sign rides in the low bit.
+    key = tl.where(mag == top[:, None], tl.arange(0, W)[None, :] * 2 + (x < 0).to(tl.int32), 2 * W)
+    negative = (tl.min(key, axis=1) & 1) == 1
+    amax = from_bits(tl.where(live, top, 0x3F800000))
+    s = tl.div_rn(tl.full(amax.shape, -127.0, tl.float32), tl.where(negative, 0.0 - amax, amax))
+    q = tl.minimum(round_even(tl.where(live[:, None], x, 0.0) * s[:, None]), 127)
+    return q, nan_where(top >= INF_BITS, tl.where(live, reciprocal(s), 0.0))
+
+
+@triton.jit
+def quantize_15(x):
+    """Each row of f32 [M, W] as i32 in -16256..16256 and one f32 scale amax/16256."""
+    top = tl.max(magnitude(x), axis=1)  # [M]
+    live = (top >= TINY_BITS) & (top < INF_BITS)
+    amax = from_bits(tl.where(live, top, 0x3F800000))
+    full = tl.full(amax.shape, 16256.0, tl.float32)
+    v = round_even(tl.where(live[:, None], x, 0.0) * tl.div_rn(full, amax)[:, None])
+    v = tl.minimum(tl.maximum(v, -16256), 16256)
+    return v, nan_where(top >= INF_BITS, tl.where(live, tl.div_rn(amax, full), 0.0))
+
+
+@triton.jit
+def quantize_pow2(x):
+    """Each row of f32 [M, W] as i32 in -8192..8192 and one power-of-two f32 scale."""
+    top = tl.max(magnitude(x), axis=1)  # [M]
+    live = (top >= TINY_BITS) & (top < INF_BITS)
+    e = tl.where(live, exponent(top), 0)
+    v = round_even(tl.where(live[:, None], x, 0.0) * pow2(12 - e)[:, None])
+    return v, nan_where(top >= INF_BITS, tl.where(live, pow2(e - 12), 0.0))
+
+
+@triton.jit
+def ordered(x):
+    """f32 as i32 in the order of the values: -0 equals +0, NaN is below everything."""
+    b = bits_of(tl.where(x == 0, 0.0, x))
+    return tl.where(x != x, -2147483648, b ^ ((b >> 31) & 0x7FFFFFFF))

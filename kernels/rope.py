@@ -1,0 +1,90 @@
+"""QK-norm and rotary position embedding, head by head.      x [T, n*C] f32 -> [T, n, C] f32
+Promised order: rms_norm of the head row, then a' = a*cos - b*sin and b' = b*cos + a*sin on NEOX pairs (i, i + C/2)."""
+
+import hashlib
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from exactmoe.kernels import tiles
+from exactmoe.kernels.errors import require
+from exactmoe.kernels.launch import FAITHFUL
+from exactmoe.kernels.numerics import inverse_rms
+from exactmoe.kernels.tensors import require_f32
+
+
+class RopeTable(NamedTuple):
+    """Rotations of positions 0..P-1, the same for every layer and head."""
+
+    cos: Tensor  # [P, C/2] f32
+    sin: Tensor  # [P, C/2] f32
+
+    def digest(self) -> str:
+        """sha256 of the table's bytes, cos then sin: the one host computation a result depends on."""
+        return hashlib.sha256(self.cos.cpu().numpy().tobytes() + self.sin.cpu().numpy().tobytes()).hexdigest()
+
+
+def rope_table(n_positions: int, head_dim: int, base: float, device: torch.device) -> RopeTable:
+    """Table for positions 0..n_positions-1 in binary64, rounded once to f32; base is the file's rope.freq_base."""
+    require(head_dim > 0 and head_dim % 2 == 0, f"head width must be even, got {head_dim}")
+    frequency = [math.pow(base, -2 * i / head_dim) for i in range(head_dim // 2)]
+    angle = [p * f for p in range(n_positions) for f in frequency]
+
+    def table(fn: object) -> Tensor:
+        values = np.fromiter(map(fn, angle), np.float64, len(angle))  # type: ignore[call-overload]
+        return torch.from_numpy(values.astype(np.float32).reshape(n_positions, head_dim // 2)).to(device)
+
+    return RopeTable(table(math.cos), table(math.sin))
+
+
+def qk_norm_rope(x: Tensor, weight: Tensor, eps: float, table: RopeTable, start: int) -> Tensor:
+    """Normed and rotated heads [T, n, C] of x [T, n*C] at positions start..start+T-1; weight [C] is the head norm's.
+
+    Bit-equal to parity.reference.rope.qk_norm_rope."""
+    require_f32(x, "x", None, None)
+    require(weight.ndim == 1 and weight.shape[0] > 0, f"head norm weight must be [C], got {list(weight.shape)}")
+    C = weight.shape[0]
+    require_f32(weight, "head norm weight", C)
+    T = x.shape[0]
+    require(x.shape[1] % C == 0, f"rows of {x.shape[1]} are not whole heads of {C}")
+    require(table.cos.shape[1] * 2 == C, f"the rope table is for heads of {2 * table.cos.shape[1]}, not {C}")
+    require(
+        0 <= start and start + T <= table.cos.shape[0],
+        f"positions {start}..{start + T - 1} lie outside the rope table of {table.cos.shape[0]}",
+    )
+    n = x.shape[1] // C
+    out = torch.empty(T, n, C, dtype=torch.float32, device=x.device)
+    if T * n:
+        M = tiles.heads(T * n)
+        _qk_norm_rope_kernel[(triton.cdiv(T * n, M),)](
+            x, weight, *table, out, eps, start, T * n, HEADS=n, C=C, C2=triton.next_power_of_2(C),
+            H2=triton.next_power_of_2(C // 2), M=M, num_warps=4, **FAITHFUL,
+        )  # fmt: skip
+    return out
+
+
+@triton.jit(do_not_specialize=["start", "rows"])
+def _qk_norm_rope_kernel(
+    x_ptr, w_ptr, cos_ptr, sin_ptr, out_ptr, eps, start, rows,
+    HEADS: tl.constexpr, C: tl.constexpr, C2: tl.constexpr, H2: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * M + tl.arange(0, M)
+    live = row < rows
+    at = row.to(tl.int64)[:, None] * C
+    j = tl.arange(0, C2)
+    r = inverse_rms(tl.load(x_ptr + at + j[None, :], live[:, None] & (j < C)[None, :], 0.0), C, eps)[:, None]
+    i = tl.arange(0, H2)
+    half: tl.constexpr = C // 2
+    mask = live[:, None] & (i < half)[None, :]
+    a = (tl.load(x_ptr + at + i[None, :], mask, 0.0) * r) * tl.load(w_ptr + i, i < half, 0.0)[None, :]
+    b = (tl.load(x_ptr + at + half + i[None, :], mask, 0.0) * r) * tl.load(w_ptr + half + i, i < half, 0.0)[None, :]
+    turn = (start + row // HEADS).to(tl.int64)[:, None] * half + i[None, :]
+    cos = tl.load(cos_ptr + turn, mask, 0.0)
+    sin = tl.load(sin_ptr + turn, mask, 0.0)
+    tl.store(out_ptr + at + i[None, :], a * cos - b * sin, mask)
+    tl.store(out_ptr + at + half + i[None, :], b * cos + a * sin, mask)

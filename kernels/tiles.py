@@ -1,0 +1,82 @@
+"""Every block size the shipped kernels use, as data. Sizes change speed, never bits.
+
+The interpreter pays per program, not per element, so it gets few large tiles."""
+
+from typing import NamedTuple
+
+import triton
+
+from exactmoe.kernels.launch import interpreting
+
+
+class MatmulTile(NamedTuple):
+    """One program computes `cols` output features for `rows` activation rows."""
+
+    rows: int
+    cols: int
+    warps: int
+
+
+class AttentionTile(NamedTuple):
+    """One program takes `queries` tokens of a kv head against `keys` keys at a time; the keys are cut in `split` parts."""
+
+    queries: int
+    keys: int
+    split: int
+    warps: int
+
+
+_MATMUL_INTERPRET = (MatmulTile(16, 1024, 4), MatmulTile(64, 512, 4), MatmulTile(256, 512, 4))
+_MATMUL_CUDA = (MatmulTile(16, 64, 4), MatmulTile(64, 64, 4))
+
+
+def matmul(rows: int) -> MatmulTile:
+    """Tile for a matmul over `rows` activation rows: the smallest that holds them, else the largest."""
+    table = _MATMUL_INTERPRET if interpreting() else _MATMUL_CUDA
+    return next((tile for tile in table if rows <= tile.rows), table[-1])
+
+
+def grouped_matmul(rows: int, experts: int) -> MatmulTile:
+    """Tile for `rows` routed rows spread over `experts`: sized to the mean load, so few tile rows stand empty."""
+    return matmul(triton.cdiv(rows, experts))
+
+
+def attention(tokens: int, heads_per_group: int, keys: int) -> AttentionTile:
+    """Tile for `tokens` queries against `keys` keys; a dot needs at least 16 query rows."""
+    if interpreting():
+        return AttentionTile(max(triton.next_power_of_2(tokens), 1), 256, 1, 4)
+    queries = max(1, 16 // heads_per_group) if tokens <= 16 else max(1, 32 // heads_per_group)
+    split = 1 if tokens > 16 else min(16, triton.cdiv(keys, 256))
+    return AttentionTile(queries, 32, split, 4)
+
+
+def rows_of_blocks(blocks: int) -> int:
+    """Blocks of 256 elements an elementwise program takes."""
+    return min(triton.next_power_of_2(blocks), 1024) if interpreting() else 4
+
+
+def heads(rows: int) -> int:
+    """Head rows a program of the per-head kernels takes."""
+    return min(triton.next_power_of_2(rows), 1024) if interpreting() else 4
+
+
+def router(tokens: int, experts: int) -> tuple[int, int]:
+    """(tokens, experts) a router-logit program takes; both at least 16, as a dot needs."""
+    if interpreting():
+        return max(16, min(triton.next_power_of_2(tokens), 256)), max(16, triton.next_power_of_2(experts))
+    return 16, 16
+
+
+def dispatch(rows: int) -> int:
+    """Routed rows a dispatch program scans at a time."""
+    return min(max(triton.next_power_of_2(rows), 16), 1024)
+
+
+def elementwise(elements: int) -> int:
+    """Elements an elementwise program takes."""
+    return min(triton.next_power_of_2(elements), 1 << 18) if interpreting() else 1024
+
+
+def route(tokens: int, experts: int) -> int:
+    """Tokens a route program takes; it holds an experts x experts comparison for each."""
+    return max(1, min(triton.next_power_of_2(tokens), (1 << 20) // experts**2)) if interpreting() else 1
