@@ -11,7 +11,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from exactmoe.kernels.errors import require
+from exactmoe.kernels.errors import MissingEnvironment, require
 from exactmoe.model.gguf import types
 
 _SCALAR_IDS = {dtype: value_type for value_type, dtype in types.SCALARS.items()}
@@ -40,8 +40,11 @@ def write_gguf(
     A metadata value is a str, a bool, an int (stored as UINT32), a numpy scalar or 1-D array (stored as its dtype), or
     a list of str; `general.alignment` stays at 32. `progress` is called with the number of bytes after each write.
     Raises `InvalidInput` for a value that cannot be stored, a tensor whose data does not fill its shape, or an existing
-    file unless `overwrite`."""
+    file unless `overwrite`; `MissingEnvironment` when the file system refuses (no room, no permission)."""
     name = os.fspath(path)
+    folder = os.path.dirname(name) or "."
+    require(os.path.isdir(folder), f"{name}: there is no folder {folder}")
+    require(not os.path.isdir(name), f"{name}: is a folder")
     require(overwrite or not os.path.lexists(name), f"{name}: already exists")
     require("general.alignment" not in metadata, "general.alignment is always the default")
     todo = list(tensors)
@@ -154,7 +157,9 @@ def _whole_or_nothing(path: str) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
+    except BaseException as error:
+        with contextlib.suppress(OSError):
             os.unlink(partial)
+        if isinstance(error, OSError):
+            raise MissingEnvironment(f"{path}: cannot be written: {error.strerror}") from error
         raise
