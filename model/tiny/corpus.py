@@ -57,11 +57,8 @@ def gather(max_bytes: int, package_bytes: int) -> Corpus:
     stdlib = list(_fresh(_stdlib_sources(), seen))
     held_out = [s for s in stdlib if _rank(s.path)[0] < HELD_OUT_PER_256]
     train = [s for s in stdlib if _rank(s.path)[0] >= HELD_OUT_PER_256]
-    record: list[dict[str, object]] = [
-        _entry("stdlib (training)", sys.version.split()[0], "PSF-2.0", train),
-        _entry("stdlib (held out)", sys.version.split()[0], "PSF-2.0", held_out),
-    ]
-    total = sum(len(s.text.encode()) for s in train)
+    facts = {"stdlib": (sys.version.split()[0], "PSF-2.0")}
+    total = _size(train)
     for name in PACKAGES:
         try:
             distribution = importlib.metadata.distribution(name)
@@ -70,19 +67,20 @@ def gather(max_bytes: int, package_bytes: int) -> Corpus:
         licence = _licence(distribution)
         if licence is None or total >= max_bytes:
             continue
-        taken: list[Source] = []
-        size = 0
+        facts[name] = (distribution.version, licence)
+        size, limit = 0, min(package_bytes, max_bytes - total)
         for source in _fresh(_package_sources(name, distribution), seen):
-            length = len(source.text.encode())
-            if size + length > min(package_bytes, max_bytes - total):
+            size += _size([source])
+            if size > limit:
                 break
-            taken.append(source)
-            size += length
-        if taken:
-            total += size
-            train += taken
-            record.append(_entry(name, distribution.version, licence, taken))
+            train.append(source)
+            total += _size([source])
     kept = without_near_copies(train, held_out)
+    record = [_entry("stdlib (held out)", facts["stdlib"], held_out)]
+    by_origin: dict[str, list[Source]] = {}
+    for source in kept:
+        by_origin.setdefault(source.origin, []).append(source)
+    record += [_entry(name, facts[name], sources) for name, sources in by_origin.items()]
     return Corpus(kept, held_out, record, len(train) - len(kept))
 
 
@@ -178,14 +176,20 @@ def _fresh(sources: Iterable[Source], seen: set[str]) -> Iterator[Source]:
 def _licence(distribution: importlib.metadata.Distribution) -> str | None:
     """The licence as the package's metadata states it, or None unless it is plainly a permissive one."""
     metadata = distribution.metadata
-    classifiers = [c.rsplit("::", 1)[1].strip() for c in metadata.get_all("Classifier") or () if c.startswith("License")]
+    classifiers = [
+        c.rsplit("::", 1)[1].strip() for c in metadata.get_all("Classifier") or () if c.startswith("License")
+    ]
     stated = metadata.get("License-Expression") or "; ".join(classifiers) or (metadata.get("License") or "")[:60]
     return stated if _PERMISSIVE.search(stated) and not _REFUSED.search(stated) else None
 
 
-def _entry(name: str, version: str, licence: str, sources: list[Source]) -> dict[str, object]:
-    size = sum(len(s.text.encode()) for s in sources)
-    return {"name": name, "version": version, "licence": licence, "files": len(sources), "bytes": size}
+def _entry(name: str, facts: tuple[str, str], sources: list[Source]) -> dict[str, object]:
+    version, licence = facts
+    return {"name": name, "version": version, "licence": licence, "files": len(sources), "bytes": _size(sources)}
+
+
+def _size(sources: Iterable[Source]) -> int:
+    return sum(len(s.text.encode()) for s in sources)
 
 
 def _long_lines(text: str) -> set[str]:

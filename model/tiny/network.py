@@ -162,7 +162,9 @@ class _Block(nn.Module):
         return (y * weight[..., None]).sum(1)
 
     def _dense(self, x: Tensor, weight: Tensor, expert: Tensor) -> Tensor:
-        mixture = torch.zeros(x.shape[0], self.dims.n_experts, dtype=x.dtype, device=x.device).scatter(1, expert, weight)
+        mixture = torch.zeros(x.shape[0], self.dims.n_experts, dtype=x.dtype, device=x.device).scatter(
+            1, expert, weight
+        )
         rows = x.to(self.compute)
         gate = torch.einsum("td,efd->etf", rows, self.ffn_gate_exps.weight.to(self.compute))
         up = torch.einsum("td,efd->etf", rows, self.ffn_up_exps.weight.to(self.compute))
