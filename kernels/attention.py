@@ -102,13 +102,19 @@ def _load_queries(q_ptr, start, T, H: tl.constexpr, C: tl.constexpr, C2: tl.cons
 
 
 @triton.jit
+def _wide(x):
+    """i16 tile as f64. The sum over one element hides the 16-bit load, for which Triton picks an f64 layout it lacks."""
+    return tl.sum(x.to(tl.int32)[:, :, None], axis=2).to(tl.float64)
+
+
+@triton.jit
 def _scores(qi, factor, position, live, k_ptr, ks_ptr, s, end, G: tl.constexpr, C: tl.constexpr, C2: tl.constexpr):
     """Scores [M, K] of keys `s` [K] and which of them each query sees."""
     g = tl.program_id(1)
     c = tl.arange(0, C2)
     slot = s.to(tl.int64) * G + g
     k = tl.load(k_ptr + slot[None, :] * C + c[:, None], (s < end)[None, :] & (c < C)[:, None], 0)
-    dot = tl.dot(qi, k.to(tl.float64), out_dtype=tl.float64).to(tl.float32)
+    dot = tl.dot(qi, _wide(k), out_dtype=tl.float64).to(tl.float32)
     score = (dot * factor[:, None]) * tl.load(ks_ptr + slot, s < end, 0.0)[None, :]
     return score, live[:, None] & (s < end)[None, :] & (s[None, :] <= position[:, None])
 
@@ -191,7 +197,7 @@ def _sums_kernel(
         vs = tl.where(seen, tl.load(vs_ptr + slot, s < end, 0.0)[None, :], 0.0)
         weight = round_even((p * tl.div_rn(vs, tl.broadcast_to(share, vs.shape))) * P_ONE)
         v = tl.load(v_ptr + slot[:, None] * C + c[None, :], (s < end)[:, None] & (c < C)[None, :], 0)
-        num = tl.dot(weight.to(tl.float64), v.to(tl.float64), num, out_dtype=tl.float64)
+        num = tl.dot(weight.to(tl.float64), _wide(v), num, out_dtype=tl.float64)
     at = tl.program_id(2).to(tl.int64) * (T * H) + row
     tl.store(num_ptr + at[:, None] * C + c[None, :], num, live[:, None] & (c < C)[None, :])
     tl.store(den_ptr + at, den, live)

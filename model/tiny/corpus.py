@@ -16,11 +16,9 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from exactmoe.model.tokenizer import QWEN2_SPLIT
+
 END_OF_TEXT = "<|endoftext|>"
-# The pre-tokeniser of Qwen2 (transformers, tokenization_qwen2.py); llama.cpp calls it "qwen2".
-QWEN2_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 HELD_OUT_PER_256 = 12  # share of the standard library's files, by hash of their path
 MAX_FILE_BYTES = 400_000  # larger sources are mostly tables
 PACKAGES = (
@@ -30,7 +28,7 @@ PACKAGES = (
     "aiohttp click jinja2 werkzeug requests urllib3 attrs sortedcontainers mpmath fsspec gpytorch botorch linear-operator "
     "pytorch-lightning lightning torch-geometric torchmetrics onnx onnxscript orbax-checkpoint tensorboard pyarrow typer "
     "portalocker einops e3nn timm huggingface-hub tokenizers safetensors psutil absl-py markdown protobuf jaxtyping"
-).split()
+).split()  # noqa: SIM905 - a list literal of these would fill the page
 _PERMISSIVE = re.compile(r"\b(BSD|MIT|Apache|PSF|Python Software Foundation|ISC|HPND|0BSD)\b", re.IGNORECASE)
 _REFUSED = re.compile(r"\b(A?GPL|LGPL|MPL|Proprietary)", re.IGNORECASE)
 

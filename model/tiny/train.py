@@ -159,7 +159,7 @@ def _pick_step(network: Network, data: Tensor, args: argparse.Namespace, began: 
                     seconds = min(seconds, time.monotonic() - start)
             found.append((seconds, loss, name, experts, step))
             _say(began, f"{name}: {1e3 * seconds:.1f} ms a step without the optimiser, loss {loss:.5f}")
-        except Exception as error:  # any failure of a fast path only removes it from the choice
+        except Exception as error:  # noqa: BLE001 - any failure of a fast path only removes it from the choice
             network.zero_grad(set_to_none=True)
             _say(began, f"{name}: not usable: {type(error).__name__}: {str(error)[:300]}")
     agreed = [f for f in found if abs(f[1] - found[0][1]) < 0.01]
