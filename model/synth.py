@@ -181,7 +181,7 @@ def _vocabulary(size: int) -> tuple[list[str], list[str]]:
 
 
 def _byte_alphabet() -> list[str]:
-    """GPT-2's printable stand-ins for the 256 bytes, in its order: printable Latin-1 as itself, the rest from U+0100."""
+    """GPT-2's printable stand-ins for the 256 bytes, in its order: printable Latin-1, then U+0100 on for the rest."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     return [chr(byte) for byte in printable] + [chr(0x100 + n) for n in range(256 - len(printable))]
 
