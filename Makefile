@@ -1,0 +1,42 @@
+# `make parity` and `make test` need only Python >= 3.11, pip and make: they build .venv on their first run.
+PYTHON ?= python3
+ARGS ?=
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: parity test check lint check-format check-lint check-types check-contracts fix clean
+
+parity: $(INSTALLED)  ## run the shipped model through kernels and reference, compare every stage bit for bit
+	$(BIN)/exactmoe parity $(ARGS)
+
+test: $(INSTALLED)  ## run the tests
+	$(BIN)/pytest $(ARGS)
+
+check: lint test  ## format, lint, types, contracts, tests
+
+lint: check-format check-lint check-types check-contracts
+
+check-format: $(INSTALLED)
+	$(BIN)/ruff format --check --diff .
+
+check-lint: $(INSTALLED)
+	$(BIN)/ruff check .
+
+check-types: $(INSTALLED)
+	$(BIN)/mypy
+
+check-contracts: $(INSTALLED)
+	$(BIN)/python -m exactmoe.contracts.check
+
+fix: $(INSTALLED)  ## rewrite what ruff can format and repair
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+
+$(INSTALLED): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
