@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
-from exactmoe.kernels.errors import InvalidInput
-from exactmoe.parity.bits import compare, digest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+
+from exactmoe.kernels.errors import InvalidInput
+from exactmoe.parity.bits import compare, digest
 
 F32 = np.float32
 
