@@ -213,10 +213,7 @@ class _Parser:
         if value_type == types.BOOL and (raw > 1).any():
             bad = int(np.argmax(raw > 1))
             self.refuse(start + bad, f"{what}: a BOOL is {raw[bad]}, not 0 or 1")
-        array = np.frombuffer(
-            raw.tobytes(), dtype
-        )  # a copy: values lie at any byte, and this one is aligned and read-only
-        return array
+        return np.frombuffer(raw.tobytes(), dtype)  # a copy: values lie at any byte, this one is aligned and read-only
 
     def strings(self, key: str) -> list[str]:
         """A vocabulary has 150,000 strings, so this loop is the reader's speed: local names, no calls but decode."""

