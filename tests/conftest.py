@@ -1,0 +1,51 @@
+"""What every test shares: where kernels run, random numbers, and what happens to tests that need a GPU."""
+
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+
+from exactmoe.kernels.launch import resolve_device
+
+# Triton reads TRITON_INTERPRET when a kernel module is imported; this runs before any test module is.
+_DEVICE = resolve_device("auto")
+
+_DESELECTED = pytest.StashKey[int]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.pluginmanager.hasplugin("hypothesispytest"):
+        from hypothesis import settings
+
+        # The same examples in every run, and no verdict from how busy the machine is.
+        settings.register_profile("exactmoe", derandomize=True, deadline=None)
+        settings.load_profile("exactmoe")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if _DEVICE.type == "cuda":
+        return
+    left_out = [item for item in items if item.get_closest_marker("gpu")]
+    config.stash[_DESELECTED] = len(left_out)
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    count = config.stash.get(_DESELECTED, 0)
+    if count:
+        terminalreporter.write_line(f"not run: {count} tests that need a CUDA device; kernels ran in the interpreter")
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where kernels run in this process: CUDA where there is one, else the CPU, in Triton's interpreter."""
+    return _DEVICE
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """A generator seeded by the test's own name, parameters included."""
+    return np.random.default_rng(list(hashlib.sha256(request.node.nodeid.encode()).digest()))
