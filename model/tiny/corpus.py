@@ -1,7 +1,8 @@
 """Text for the tiny model: Python sources found on the machine, a held-out part, a tokenizer and its tokens.
 
-The standard library comes first; installed packages under permissive licences are added so that a few minutes of training
-do not turn into many passes over the same text. Nothing is downloaded. What was read is recorded package by package."""
+The standard library comes first; installed packages under permissive licences are added so that a few minutes of
+training do not turn into many passes over the same text. Nothing is downloaded. What was read is recorded package by
+package."""
 
 import hashlib
 import importlib.metadata
@@ -21,25 +22,34 @@ from exactmoe.model.tokenizer import QWEN2_SPLIT
 END_OF_TEXT = "<|endoftext|>"
 HELD_OUT_PER_256 = 12  # share of the standard library's files, by hash of their path
 MAX_FILE_BYTES = 400_000  # larger sources are mostly tables
+# fmt: off
 PACKAGES = (
-    "numpy scipy sympy networkx pandas scikit-learn scikit-image statsmodels matplotlib jax jaxlib flax optax chex equinox "
-    "diffrax optimistix lineax numpyro torch torchvision torchaudio transformers accelerate peft triton pytest hypothesis "
-    "setuptools pip pygments rich coverage cython numba llvmlite cupy-cuda13x h5py xarray seaborn patsy formulaic joblib "
-    "aiohttp click jinja2 werkzeug requests urllib3 attrs sortedcontainers mpmath fsspec gpytorch botorch linear-operator "
-    "pytorch-lightning lightning torch-geometric torchmetrics onnx onnxscript orbax-checkpoint tensorboard pyarrow typer "
-    "portalocker einops e3nn timm huggingface-hub tokenizers safetensors psutil absl-py markdown protobuf jaxtyping"
-).split()  # noqa: SIM905 - a list literal of these would fill the page
+    "numpy", "scipy", "sympy", "networkx", "pandas", "scikit-learn", "scikit-image", "statsmodels", "matplotlib",
+    "jax", "jaxlib", "flax", "optax", "chex", "equinox", "diffrax", "optimistix", "lineax", "numpyro", "torch",
+    "torchvision", "torchaudio", "transformers", "accelerate", "peft", "triton", "pytest", "hypothesis", "setuptools",
+    "pip", "pygments", "rich", "coverage", "cython", "numba", "llvmlite", "cupy-cuda13x", "h5py", "xarray", "seaborn",
+    "patsy", "formulaic", "joblib", "aiohttp", "click", "jinja2", "werkzeug", "requests", "urllib3", "attrs",
+    "sortedcontainers", "mpmath", "fsspec", "gpytorch", "botorch", "linear-operator", "pytorch-lightning",
+    "lightning", "torch-geometric", "torchmetrics", "onnx", "onnxscript", "orbax-checkpoint", "tensorboard",
+    "pyarrow", "typer", "portalocker", "einops", "e3nn", "timm", "huggingface-hub", "tokenizers", "safetensors",
+    "psutil", "absl-py", "markdown", "protobuf", "jaxtyping",
+)
+# fmt: on
 _PERMISSIVE = re.compile(r"\b(BSD|MIT|Apache|PSF|Python Software Foundation|ISC|HPND|0BSD)\b", re.IGNORECASE)
 _REFUSED = re.compile(r"\b(A?GPL|LGPL|MPL|Proprietary)", re.IGNORECASE)
 
 
 class Source(NamedTuple):
+    """One file of Python source."""
+
     origin: str  # "stdlib" or a distribution's name
     path: str  # relative to the origin
     text: str
 
 
 class Corpus(NamedTuple):
+    """What was found, split into text to train on and text that is held out."""
+
     train: list[Source]
     held_out: list[Source]
     record: list[dict[str, object]]  # one entry an origin: name, version, licence, files, bytes
@@ -177,7 +187,8 @@ def _licence(distribution: importlib.metadata.Distribution) -> str | None:
     classifiers = [
         c.rsplit("::", 1)[1].strip() for c in metadata.get_all("Classifier") or () if c.startswith("License")
     ]
-    stated = metadata.get("License-Expression") or "; ".join(classifiers) or (metadata.get("License") or "")[:60]
+    expression = (metadata.get_all("License-Expression") or [""])[0]
+    stated = expression or "; ".join(classifiers) or (metadata.get_all("License") or [""])[0][:60]
     return stated if _PERMISSIVE.search(stated) and not _REFUSED.search(stated) else None
 
 

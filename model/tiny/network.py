@@ -1,4 +1,4 @@
-"""The tiny Qwen3-MoE in plain torch, for training it and for measuring its loss. Not the inference path of this project.
+"""The tiny Qwen3-MoE in plain torch, to train it and to measure its loss. Not the inference path of this project.
 
 `Network(dims)(tokens [N, S] i64) -> (logits [N, S, V] f32, balance f32 scalar, load [L, E] f32)`. The names in its
 `state_dict` are the tensor names of a Qwen3-MoE GGUF file, and every matrix has the file's logical shape.
@@ -9,7 +9,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 from exactmoe.kernels.errors import require
 
@@ -32,12 +32,15 @@ class Dims:
     rope_base: float = 1e6
 
     def to_dict(self) -> dict[str, int | float]:
+        """Give the widths by name, as train.json records them."""
         return asdict(self)
 
 
 class Network(nn.Module):
-    """`compute` is the dtype of the matrix products (router, norms and residual stream keep the dtype of the parameters);
-    `experts` picks how the experts are run: "grouped" (sorted rows, one grouped product) or "dense" (all experts, masked)."""
+    """A Qwen3-MoE with trainable weights.
+
+    `compute` is the dtype of the matrix products; router, norms and residual stream keep that of the parameters.
+    `experts` is how the experts are run: "grouped" (sorted rows, one grouped product) or "dense" (all, masked)."""
 
     def __init__(self, dims: Dims, compute: torch.dtype = torch.float32, experts: str = "dense") -> None:
         super().__init__()
@@ -52,7 +55,7 @@ class Network(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
 
     def initialise(self, seed: int) -> None:
-        """Normal weights of deviation 0.02; the two projections that write to the residual stream are scaled by 1/sqrt(2L)."""
+        """Draw normal weights of deviation 0.02, times 1/sqrt(2L) where a projection writes to the residual stream."""
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:
@@ -63,14 +66,16 @@ class Network(nn.Module):
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * std)
 
     def set_experts(self, experts: str) -> None:
+        """Change how the experts are run."""
         for block in self.blk:
             cast(_Block, block).experts = experts
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits [N, S, V], the load-balancing loss, and each expert's share of the routed rows [L, E]."""
         span = tokens.shape[1]
         require(span <= self.dims.context_length, f"{span} positions exceed the context of {self.dims.context_length}")
         cos, sin = cast(Tensor, self.cos)[:span], cast(Tensor, self.sin)[:span]
-        x = F.embedding(tokens, self.token_embd.weight)  # [N, S, D]
+        x = functional.embedding(tokens, self.token_embd.weight)  # [N, S, D]
         balance, load = [], []
         for block in self.blk:
             x, block_balance, block_load = block(x, cos, sin)
@@ -84,7 +89,7 @@ class Network(nn.Module):
 def next_token_loss(network: nn.Module, tokens: Tensor) -> Tensor:
     """Mean cross-entropy in nats of tokens [N, S] after the first of each row."""
     logits = network(tokens)[0][:, :-1]
-    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    return functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
 
 class _Weight(nn.Module):
@@ -106,7 +111,7 @@ class _Norm(nn.Module):
 class _Block(nn.Module):
     def __init__(self, dims: Dims, compute: torch.dtype, experts: str) -> None:
         super().__init__()
-        D, F_, E = dims.hidden, dims.expert_width, dims.n_experts
+        D, F, E = dims.hidden, dims.expert_width, dims.n_experts
         self.dims, self.compute, self.experts = dims, compute, experts
         self.attn_norm = _Norm(D, dims.eps)
         self.attn_q = _Weight(dims.n_heads * dims.head_dim, D)
@@ -117,9 +122,9 @@ class _Block(nn.Module):
         self.attn_k_norm = _Norm(dims.head_dim, dims.eps)
         self.ffn_norm = _Norm(D, dims.eps)
         self.ffn_gate_inp = _Weight(E, D)
-        self.ffn_gate_exps = _Weight(E, F_, D)
-        self.ffn_up_exps = _Weight(E, F_, D)
-        self.ffn_down_exps = _Weight(E, D, F_)
+        self.ffn_gate_exps = _Weight(E, F, D)
+        self.ffn_up_exps = _Weight(E, F, D)
+        self.ffn_down_exps = _Weight(E, D, F)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x = x + self._attention(self.attn_norm(x), cos, sin)
@@ -133,15 +138,15 @@ class _Block(nn.Module):
         v = _linear(x, self.attn_v.weight, self.compute).view(N, S, -1, self.dims.head_dim).transpose(1, 2)
         q = _rotate(self.attn_q_norm(q.to(x.dtype)), cos, sin).to(self.compute)
         k = _rotate(self.attn_k_norm(k.to(x.dtype)), cos, sin).to(self.compute)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # [N, H, S, C]
+        y = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # [N, H, S, C]
         return _linear(y.transpose(1, 2).flatten(2), self.attn_output.weight, self.compute).to(x.dtype)
 
     def _moe(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         E, A = self.dims.n_experts, self.dims.n_active
-        probability = F.linear(x, self.ffn_gate_inp.weight).softmax(-1)  # [T, E]
+        probability = functional.linear(x, self.ffn_gate_inp.weight).softmax(-1)  # [T, E]
         weight, expert = probability.topk(A, dim=-1)
         weight = weight / weight.sum(-1, keepdim=True)
-        load = F.one_hot(expert, E).to(x.dtype).mean((0, 1))  # [E], sums to one
+        load = functional.one_hot(expert, E).to(x.dtype).mean((0, 1))  # [E], sums to one
         # Switch Transformers (arXiv 2101.03961), eq. 4: one when the load is even.
         balance = E * (load.detach() * probability.mean(0)).sum()
         run = self._grouped if self.experts == "grouped" else self._dense
@@ -151,14 +156,16 @@ class _Block(nn.Module):
         A = self.dims.n_active
         order = expert.flatten().argsort(stable=True)  # [R]
         inverse = order.argsort()
-        count = F.one_hot(expert.flatten(), self.dims.n_experts).sum(0)
+        count = functional.one_hot(expert.flatten(), self.dims.n_experts).sum(0)
         end = count.cumsum(0).to(torch.int32)
         rows = x.to(self.compute)[:, None].expand(-1, A, -1).flatten(0, 1)  # [R, D]
-        rows = cast(Tensor, _Permute.apply(rows, order, inverse))
+        rows = _permute(rows, order, inverse)
         gate_up = torch.cat((self.ffn_gate_exps.weight, self.ffn_up_exps.weight), 1).to(self.compute)
-        gate, up = F.grouped_mm(rows, gate_up.transpose(1, 2), offs=end).chunk(2, -1)
-        y = F.grouped_mm(F.silu(gate) * up, self.ffn_down_exps.weight.to(self.compute).transpose(1, 2), offs=end)
-        y = cast(Tensor, _Permute.apply(y, inverse, order)).view(*weight.shape, -1)  # [T, A, D]
+        gate, up = functional.grouped_mm(rows, gate_up.transpose(1, 2), offs=end).chunk(2, -1)
+        y = functional.grouped_mm(
+            functional.silu(gate) * up, self.ffn_down_exps.weight.to(self.compute).transpose(1, 2), offs=end
+        )
+        y = _permute(y, inverse, order).view(*weight.shape, -1)  # [T, A, D]
         return (y * weight[..., None]).sum(1)
 
     def _dense(self, x: Tensor, weight: Tensor, expert: Tensor) -> Tensor:
@@ -168,7 +175,7 @@ class _Block(nn.Module):
         rows = x.to(self.compute)
         gate = torch.einsum("td,efd->etf", rows, self.ffn_gate_exps.weight.to(self.compute))
         up = torch.einsum("td,efd->etf", rows, self.ffn_up_exps.weight.to(self.compute))
-        hidden = F.silu(gate) * up * mixture.t()[..., None].to(self.compute)
+        hidden = functional.silu(gate) * up * mixture.t()[..., None].to(self.compute)
         return torch.einsum("etf,edf->td", hidden, self.ffn_down_exps.weight.to(self.compute))
 
 
@@ -181,13 +188,17 @@ class _Permute(torch.autograd.Function):
         return rows[order]
 
     @staticmethod
-    def backward(ctx: object, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: object, grad: Tensor) -> tuple[Tensor, None, None]:
         (inverse,) = ctx.saved_tensors  # type: ignore[attr-defined]
         return grad[inverse], None, None
 
 
+def _permute(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    return cast(Tensor, _Permute.apply(rows, order, inverse))  # type: ignore[no-untyped-call]
+
+
 def _linear(x: Tensor, weight: Tensor, compute: torch.dtype) -> Tensor:
-    return F.linear(x.to(compute), weight.to(compute))
+    return functional.linear(x.to(compute), weight.to(compute))
 
 
 def _rope_tables(dims: Dims) -> tuple[Tensor, Tensor]:

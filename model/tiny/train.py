@@ -2,8 +2,8 @@
 
     python -m exactmoe.model.tiny.train --minutes 5 --out DIR
 
-Writes to DIR: weights-N.safetensors (bf16, GGUF tensor names), tokenizer.json, heldout.npy (u16 windows never trained on)
-and train.json (data, loss curve, held-out loss, versions). The f32 master weights are rounded to bf16 once, at the end.
+Writes to DIR: weights-N.safetensors (bf16, GGUF tensor names), tokenizer.json, heldout.npy (u16 windows never trained
+on) and train.json (data, loss curve, held-out loss, versions). The f32 weights are rounded to bf16 once, at the end.
 Not reproducible bit for bit: the length of training is a wall time and the GPU's sums have no fixed order."""
 
 import argparse
@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 
 from exactmoe.model.tiny import corpus
 from exactmoe.model.tiny.network import Dims, Network, next_token_loss
@@ -33,6 +33,7 @@ Step = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
     args = _arguments(argv)
     began = time.monotonic()
     out = Path(args.out)
@@ -93,6 +94,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=5.0, help="wall time of the training loop")
     parser.add_argument("--batch", type=int, default=64, help="windows a step")
     parser.add_argument("--span", type=int, default=1024, help="tokens a window")
+    parser.add_argument("--windows", type=int, default=64, help="held-out windows of 512 tokens")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--balance", type=float, default=0.01, help="weight of the router's load-balancing loss")
     parser.add_argument("--max-bytes", type=int, default=180_000_000, help="most bytes of text to read")
@@ -119,7 +121,7 @@ def _tokens(texts: corpus.Corpus, vocab: int, args: argparse.Namespace) -> tuple
     everything = [s.text for s in shuffled] + library
     random.Random(args.seed + 1).shuffle(everything)
     held_out = corpus.encode(tokenizer, [s.text for s in texts.held_out])
-    return tokenizer, corpus.encode(tokenizer, everything), corpus.held_out_windows(held_out, 64, 512)
+    return tokenizer, corpus.encode(tokenizer, everything), corpus.held_out_windows(held_out, args.windows, 512)
 
 
 def _batch(data: Tensor, args: argparse.Namespace) -> Tensor:
@@ -133,7 +135,7 @@ def _pick_step(network: Network, data: Tensor, args: argparse.Namespace, began: 
     def make(module: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]) -> Step:
         def step(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             logits, balance, load = module(tokens[:, :-1])
-            return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()), balance, load
+            return functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()), balance, load
 
         return step
 
@@ -159,7 +161,7 @@ def _pick_step(network: Network, data: Tensor, args: argparse.Namespace, began: 
                     seconds = min(seconds, time.monotonic() - start)
             found.append((seconds, loss, name, experts, step))
             _say(began, f"{name}: {1e3 * seconds:.1f} ms a step without the optimiser, loss {loss:.5f}")
-        except Exception as error:  # noqa: BLE001 - any failure of a fast path only removes it from the choice
+        except Exception as error:  # any failure of a fast path only removes it from the choice
             network.zero_grad(set_to_none=True)
             _say(began, f"{name}: not usable: {type(error).__name__}: {str(error)[:300]}")
     agreed = [f for f in found if abs(f[1] - found[0][1]) < 0.01]
@@ -224,12 +226,16 @@ def _schedule(steps: int, progress: float) -> float:
 
 @torch.no_grad()
 def _measure(network: Network, windows: Tensor) -> float:
-    return float(np.mean([next_token_loss(network, part).item() for part in windows.split(8)]))
+    return float(np.mean([next_token_loss(network, part).item() for part in _parts(windows)]))
+
+
+def _parts(windows: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(windows, 8)
 
 
 @torch.no_grad()
 def _expert_load(network: Network, windows: Tensor) -> list[list[float]]:
-    load = torch.stack([network(part)[2] for part in windows.split(8)]).mean(0)
+    load = torch.stack([network(part)[2] for part in _parts(windows)]).mean(0)
     return [[round(v, 4) for v in row] for row in load.tolist()]
 
 
