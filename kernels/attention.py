@@ -36,9 +36,10 @@ def attend(q: Tensor, kv: KVLayer, start: int, tile: tiles.AttentionTile | None 
         meta = _meta(H, G, C, tile)
         _maxima_kernel[grid](q, *kv, top, start, T, n, **meta)
         _sums_kernel[grid](q, *kv, top, num, den, start, T, n, N2=triton.next_power_of_2(n), **meta)
-        _join_kernel[(T * H,)](
-            top, num, den, out, T * H, n, C=C, C2=triton.next_power_of_2(C), N2=triton.next_power_of_2(n),
-            num_warps=1, **FAITHFUL,
+        M = tiles.heads(T * H)
+        _join_kernel[(triton.cdiv(T * H, M),)](
+            top, num, den, out, T * H, n, C=C, C2=triton.next_power_of_2(C), N2=triton.next_power_of_2(n), M=M,
+            num_warps=4, **FAITHFUL,
         )  # fmt: skip
     return out
 
@@ -204,19 +205,23 @@ def _sums_kernel(
 
 
 @triton.jit(do_not_specialize=["rows", "n"])
-def _join_kernel(top_ptr, num_ptr, den_ptr, out_ptr, rows, n, C: tl.constexpr, C2: tl.constexpr, N2: tl.constexpr):
-    row = tl.program_id(0) + tl.zeros([1], tl.int32)
-    _, w, bad = _join_maxima(top_ptr, row, row < rows, rows, n, N2)
+def _join_kernel(
+    top_ptr, num_ptr, den_ptr, out_ptr, rows, n, C: tl.constexpr, C2: tl.constexpr, N2: tl.constexpr, M: tl.constexpr
+):
+    row = tl.program_id(0) * M + tl.arange(0, M)
+    live = row < rows
+    _, w, bad = _join_maxima(top_ptr, row, live, rows, n, N2)
     c = tl.arange(0, C2)
-    num = tl.zeros([1, C2], tl.float64)
-    den = tl.zeros([1], tl.int64)
+    mask = live[:, None] & (c < C)[None, :]
+    num = tl.zeros([M, C2], tl.float64)
+    den = tl.zeros([M], tl.int64)
     for part in range(0, n):
         at = tl.cast(part, tl.int64) * rows + row
-        num += tl.load(num_ptr + at[:, None] * C + c[None, :], (c < C)[None, :], 0.0)
-        den += tl.load(den_ptr + at)
-    below = tl.where(bad, 1.0, den.to(tl.float32))[:, None]
+        num += tl.load(num_ptr + at[:, None] * C + c[None, :], mask, 0.0)
+        den += tl.load(den_ptr + at, live, 0)
+    below = tl.where(bad | (row >= rows), 1.0, den.to(tl.float32))[:, None]
     out = tl.div_rn(num.to(tl.float32), tl.broadcast_to(below, num.shape)) * w[:, None]
-    tl.store(out_ptr + row.to(tl.int64)[:, None] * C + c[None, :], nan_where(bad[:, None], out), (c < C)[None, :])
+    tl.store(out_ptr + row.to(tl.int64)[:, None] * C + c[None, :], nan_where(bad[:, None], out), mask)
 
 
 @triton.jit(do_not_specialize=["start", "T"])

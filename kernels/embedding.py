@@ -6,10 +6,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from exactmoe.kernels import tiles
 from exactmoe.kernels.errors import require
 from exactmoe.kernels.formats import BLOCK, executable_format
 from exactmoe.kernels.launch import FAITHFUL
-from exactmoe.kernels.q4_k import HIGH_Q4_K, load_codes_q4_k, load_f16, load_scales_q4_k, low_k_q4_k
+from exactmoe.kernels.q4_k import HIGH_Q4_K, load_codes_q4_k, load_f16, load_scales_q4_k, low_k_q4_k, split_halves_q4_k
 from exactmoe.kernels.q6_k import HIGH_Q6_K, load_codes_q6_k, load_scales_q6_k, low_k_q6_k
 from exactmoe.kernels.tensors import QuantMatrix, require_shape
 
@@ -26,38 +27,35 @@ def embed(table: QuantMatrix, tokens: Tensor) -> Tensor:
     out = torch.empty(T, table.k, dtype=torch.float32, device=tokens.device)
     if T:
         blocks = table.k // BLOCK
-        _embed_kernel[(T,)](
-            table.data, tokens, out, NB=blocks, NB2=triton.next_power_of_2(blocks),
+        M = tiles.rows_of_blocks(T * blocks)
+        _embed_kernel[(triton.cdiv(T * blocks, M),)](
+            table.data, tokens, out, T * blocks, NB=blocks, M=M,
             BYTES=table.format.block_bytes, FORMAT=table.format.ggml_id, num_warps=4, **FAITHFUL,
         )  # fmt: skip
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def _embed_kernel(
-    w_ptr, token_ptr, out_ptr, NB: tl.constexpr, NB2: tl.constexpr, BYTES: tl.constexpr, FORMAT: tl.constexpr
+    w_ptr, token_ptr, out_ptr, blocks, NB: tl.constexpr, M: tl.constexpr, BYTES: tl.constexpr, FORMAT: tl.constexpr
 ):
-    t = tl.program_id(0).to(tl.int64)
-    b = tl.arange(0, NB2)
-    live = b < NB
-    block_ptr = w_ptr + (tl.load(token_ptr + t).to(tl.int64) * NB + b) * BYTES
-    out = out_ptr + t * (NB * 256) + b[:, None, None] * 256
-    g = tl.arange(0, 8)
+    b = tl.program_id(0) * M + tl.arange(0, M)
+    live = b < blocks
+    block_ptr = w_ptr + (tl.load(token_ptr + b // NB, live, 0).to(tl.int64) * NB + b % NB) * BYTES
+    out = out_ptr + b.to(tl.int64)[:, None, None] * 256
     if FORMAT == _Q4_K:
         low, high = load_codes_q4_k(block_ptr, live)
-        k = tl.reshape(low_k_q4_k(), [1, 8, 16])
-        d = load_f16(block_ptr, live)[:, None]
-        dmin = load_f16(block_ptr + 2, live)[:, None]
-        sc, mn = load_scales_q4_k(block_ptr, 2 * (g // 2), live)
-        y = (d * sc.to(tl.float32))[:, :, None] * low.to(tl.float32) - (dmin * mn.to(tl.float32))[:, :, None]
-        tl.store(out + k, y, live[:, None, None])
-        sc, mn = load_scales_q4_k(block_ptr, 2 * (g // 2) + 1, live)
-        y = (d * sc.to(tl.float32))[:, :, None] * high.to(tl.float32) - (dmin * mn.to(tl.float32))[:, :, None]
-        tl.store(out + k + HIGH_Q4_K, y, live[:, None, None])
+        k = tl.reshape(low_k_q4_k(), [1, 4, 32])
+        sc, mn = load_scales_q4_k(block_ptr, live)
+        scale_low, scale_high = split_halves_q4_k(load_f16(block_ptr, live)[:, None] * sc.to(tl.float32))
+        min_low, min_high = split_halves_q4_k(load_f16(block_ptr + 2, live)[:, None] * mn.to(tl.float32))
+        tl.store(out + k, scale_low * low.to(tl.float32) - min_low, live[:, None, None])
+        tl.store(out + k + HIGH_Q4_K, scale_high * high.to(tl.float32) - min_high, live[:, None, None])
     else:
         low, high = load_codes_q6_k(block_ptr, live)
         k = tl.reshape(low_k_q6_k(), [1, 8, 16])
         d = load_f16(block_ptr + 208, live)[:, None]
+        g = tl.arange(0, 8)
         j = 8 * (g // 4) + g % 4
         y = (d * load_scales_q6_k(block_ptr, j, live).to(tl.float32))[:, :, None] * low.to(tl.float32)
         tl.store(out + k, y, live[:, None, None])

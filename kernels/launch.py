@@ -9,6 +9,7 @@ import sys
 import torch
 
 from exactmoe.kernels.errors import InvalidInput, MissingEnvironment
+from exactmoe.kernels.interpreter import quicken
 
 FAITHFUL = {"enable_fp_fusion": False}
 """Launch options of every kernel: without them Triton contracts a*b+c into one rounding."""
@@ -36,6 +37,11 @@ def resolve_device(device: str = "auto") -> torch.device:
         raise MissingEnvironment(f"kernels are already loaded for the other mode; cannot switch to {device} in-process")
     if want_interpreter:
         os.environ["TRITON_INTERPRET"] = "1"
+        quicken()
         return torch.device("cpu")
     os.environ.pop("TRITON_INTERPRET", None)
     return torch.device("cuda", torch.cuda.current_device())
+
+
+if interpreting():
+    quicken()

@@ -16,7 +16,7 @@ from exactmoe.kernels.dispatch import Dispatch
 from exactmoe.kernels.errors import require
 from exactmoe.kernels.formats import BLOCK, executable_format
 from exactmoe.kernels.launch import FAITHFUL
-from exactmoe.kernels.q4_k import HIGH_Q4_K, load_codes_q4_k, load_f16, load_scales_q4_k, low_k_q4_k
+from exactmoe.kernels.q4_k import HIGH_Q4_K, load_codes_q4_k, load_f16, load_scales_q4_k, low_k_q4_k, split_halves_q4_k
 from exactmoe.kernels.q6_k import HIGH_Q6_K, load_codes_q6_k, load_scales_q6_k, low_k_q6_k
 from exactmoe.kernels.tensors import Activations, QuantMatrix, require_activations, require_shape
 
@@ -145,14 +145,13 @@ def _q4_k_product(block_ptr, live_n, x_ptr, bs_ptr, live_m, q_stride, sum_stride
     """P [N, M] of one block: xd * (d*S - dmin*T)."""
     N: tl.constexpr = block_ptr.shape[0]
     low, high = load_codes_q4_k(block_ptr, live_n)
-    g = tl.arange(0, 8)
-    sc_low, _ = load_scales_q4_k(block_ptr, 2 * (g // 2), live_n)
-    sc_high, _ = load_scales_q4_k(block_ptr, 2 * (g // 2) + 1, live_n)
-    w_low = tl.reshape(((low - 8) * sc_low[:, :, None]).to(tl.float16), [N, 128])
-    w_high = tl.reshape(((high - 8) * sc_high[:, :, None]).to(tl.float16), [N, 128])
-    sc, mn = load_scales_q4_k(block_ptr, tl.arange(0, 16) // 2, live_n)
-    sc16 = sc.to(tl.float16)
-    mn16 = mn.to(tl.float16)
+    sc, mn = load_scales_q4_k(block_ptr, live_n)
+    sc_low, sc_high = split_halves_q4_k(sc)
+    w_low = tl.reshape(((low - 8) * sc_low).to(tl.float16), [N, 128])
+    w_high = tl.reshape(((high - 8) * sc_high).to(tl.float16), [N, 128])
+    # Activations are summed in 16 groups of 16, two to a sub-block, as a dot needs 16 terms.
+    sc16 = tl.reshape(tl.broadcast_to(sc.to(tl.float16)[:, :, None], [N, 8, 2]), [N, 16])
+    mn16 = tl.reshape(tl.broadcast_to(mn.to(tl.float16)[:, :, None], [N, 8, 2]), [N, 16])
     k = low_k_q4_k()
     s, t = _q4_k_sums(w_low, w_high, sc16, mn16, x_ptr, bs_ptr, k, live_m)
     if S == 2:

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from exactmoe.kernels import tiles
 from exactmoe.kernels.errors import require
 from exactmoe.kernels.formats import BLOCK
 from exactmoe.kernels.launch import FAITHFUL
@@ -31,7 +32,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     T, K = x.shape
     y = torch.empty_like(x)
     if T:
-        _rms_norm_kernel[(T,)](x, weight, y, eps, K=K, W=triton.next_power_of_2(K), num_warps=4, **FAITHFUL)
+        M = tiles.norm_rows(T)
+        _rms_norm_kernel[(triton.cdiv(T, M),)](
+            x, weight, y, eps, T, K=K, W=triton.next_power_of_2(K), M=M, num_warps=4, **FAITHFUL
+        )
     return y
 
 
@@ -42,9 +46,10 @@ def rms_norm_quantize(x: Tensor, weight: Tensor, eps: float, profile: str) -> No
     require(K % BLOCK == 0, f"activation width must be a multiple of {BLOCK}, got {K}")
     out = NormedActivations(torch.empty_like(x), empty_activations(T, K, profile, x.device))
     if T:
-        _rms_norm_quantize_kernel[(T,)](
+        M = tiles.norm_rows(T)
+        _rms_norm_quantize_kernel[(triton.cdiv(T, M),)](
             x, weight, out.normed, *out.activations, eps, T,
-            K=K, NB=triton.next_power_of_2(K // BLOCK), S=slices(profile), num_warps=4, **FAITHFUL,
+            K=K, NB=triton.next_power_of_2(K // BLOCK), S=slices(profile), M=M, num_warps=4, **FAITHFUL,
         )  # fmt: skip
     return out
 
@@ -56,25 +61,32 @@ def _require_norm(x: Tensor, weight: Tensor) -> None:
 
 
 @triton.jit
-def _rms_norm_kernel(x_ptr, w_ptr, y_ptr, eps, K: tl.constexpr, W: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64) * K
+def _normed(x_ptr, w_ptr, eps, t, T, K: tl.constexpr, W: tl.constexpr):
+    """Normed rows `t` [M] as a tile [M, W], its offsets and its mask."""
     j = tl.arange(0, W)
-    x = tl.load(x_ptr + row + j, j < K, 0.0)[None, :]
-    y = (x * inverse_rms(x, K, eps)[:, None]) * tl.load(w_ptr + j, j < K, 0.0)[None, :]
-    tl.store(y_ptr + row + j[None, :], y, (j < K)[None, :])
+    mask = (t < T)[:, None] & (j < K)[None, :]
+    at = t.to(tl.int64)[:, None] * K + j[None, :]
+    x = tl.load(x_ptr + at, mask, 0.0)
+    return (x * inverse_rms(x, K, eps)[:, None]) * tl.load(w_ptr + j, j < K, 0.0)[None, :], at, mask
+
+
+@triton.jit(do_not_specialize=["T"])
+def _rms_norm_kernel(x_ptr, w_ptr, y_ptr, eps, T, K: tl.constexpr, W: tl.constexpr, M: tl.constexpr):
+    y, at, mask = _normed(x_ptr, w_ptr, eps, tl.program_id(0) * M + tl.arange(0, M), T, K, W)
+    tl.store(y_ptr + at, y, mask)
 
 
 @triton.jit(do_not_specialize=["T"])
 def _rms_norm_quantize_kernel(
-    x_ptr, w_ptr, y_ptr, q_ptr, scale_ptr, sum_ptr, eps, T, K: tl.constexpr, NB: tl.constexpr, S: tl.constexpr
-):
-    t = tl.program_id(0)
-    row = t.to(tl.int64) * K
-    j = tl.arange(0, NB * 256)
-    x = tl.load(x_ptr + row + j, j < K, 0.0)[None, :]
-    y = (x * inverse_rms(x, K, eps)[:, None]) * tl.load(w_ptr + j, j < K, 0.0)[None, :]
-    tl.store(y_ptr + row + j[None, :], y, (j < K)[None, :])
-    b = tl.arange(0, NB)
+    x_ptr, w_ptr, y_ptr, q_ptr, scale_ptr, sum_ptr, eps, T,
+    K: tl.constexpr, NB: tl.constexpr, S: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    blocks: tl.constexpr = K // 256
+    y, at, mask = _normed(x_ptr, w_ptr, eps, tl.program_id(0) * M + tl.arange(0, M), T, K, NB * 256)
+    tl.store(y_ptr + at, y, mask)
+    b = tl.arange(0, M * NB)
+    t = tl.program_id(0) * M + b // NB
+    live = (t < T) & (b % NB < blocks)
     store_activations(
-        tl.reshape(y, [NB, 256]), t * (K // 256) + b, b < K // 256, q_ptr, scale_ptr, sum_ptr, T * (K // 256), S
+        tl.reshape(y, [M * NB, 256]), t * blocks + b % NB, live, q_ptr, scale_ptr, sum_ptr, T * blocks, S
     )

@@ -27,15 +27,16 @@ HIGH_Q4_K = tl.constexpr(32)
 
 @triton.jit
 def load_codes_q4_k(block_ptr, live):
-    """Codes 0..15 of blocks at `block_ptr` [N], as (low, high), each i32 [N, 8, 16] in byte order."""
-    byte = tl.arange(0, 8)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    """Codes 0..15 of blocks at `block_ptr` [N], as (low, high), each i32 [N, 4, 32] in byte order."""
+    byte = tl.arange(0, 4)[:, None] * 32 + tl.arange(0, 32)[None, :]
     qs = tl.load(block_ptr[:, None, None] + 16 + byte[None, :, :], live[:, None, None], 0).to(tl.int32)
     return qs & 15, qs >> 4
 
 
 @triton.jit
-def load_scales_q4_k(block_ptr, j, live):
-    """6-bit scale and min of sub-blocks `j` [J] of blocks at `block_ptr` [N], each i32 [N, J]."""
+def load_scales_q4_k(block_ptr, live):
+    """6-bit scale and min of the 8 sub-blocks of blocks at `block_ptr` [N], each i32 [N, 8]."""
+    j = tl.arange(0, 8)
     at = block_ptr[:, None] + 4 + (j % 4)[None, :]
     a = tl.load(at, live[:, None], 0).to(tl.int32)
     b = tl.load(at + 4, live[:, None], 0).to(tl.int32)
@@ -44,3 +45,10 @@ def load_scales_q4_k(block_ptr, j, live):
     scale = tl.where(first, a & 63, (c & 15) | ((a >> 6) << 4))
     minimum = tl.where(first, b & 63, (c >> 4) | ((b >> 6) << 4))
     return scale, minimum
+
+
+@triton.jit
+def split_halves_q4_k(x):
+    """Per-sub-block values [N, 8] as those of the low and of the high nibbles, each [N, 4, 1]."""
+    low, high = tl.split(tl.reshape(x, [x.shape[0], 4, 2]))
+    return low[:, :, None], high[:, :, None]

@@ -55,6 +55,11 @@ def rows_of_blocks(blocks: int) -> int:
     return min(triton.next_power_of_2(blocks), 1024) if interpreting() else 4
 
 
+def norm_rows(rows: int) -> int:
+    """Rows a norm program takes."""
+    return min(triton.next_power_of_2(rows), 256) if interpreting() else 1
+
+
 def heads(rows: int) -> int:
     """Head rows a program of the per-head kernels takes."""
     return min(triton.next_power_of_2(rows), 1024) if interpreting() else 4
