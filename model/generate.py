@@ -50,7 +50,7 @@ def greedy(next_token: NextToken, tokens: Sequence[int], max_new: int, stop: Col
 
 
 def require_prompt(tokens: Sequence[int], more: int, vocab: int, context: int) -> None:
-    """Refuse no token, an id outside 0..vocab-1, and more positions, `more` after the prompt included, than `context`."""
+    """Refuse an empty prompt, an id outside 0..vocab-1, and one that with `more` tokens exceeds `context` positions."""
     require(len(tokens) > 0, "the prompt is empty: no token to run")
     bad = next((t for t in tokens if not 0 <= t < vocab), None)
     require(bad is None, f"token id {bad} is outside the vocabulary of {vocab}")
