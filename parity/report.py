@@ -104,7 +104,7 @@ def print_report(result: ParityResult, setting: Setting, out: IO[str]) -> None:
     line(f"          sha256 {setting.sha256}")
     line(f"numerics  {setting.numerics}, activations {setting.profile}")
     line(f"device    {setting.device}; {versions}")
-    line(f"run       {len(result.tokens)} prompt positions and {result.steps} decode steps, four paths")
+    line(f"run       {len(result.tokens)} prompt positions and {_count(result.steps, 'decode step')}, four paths")
     for table in _layer_tables(result, console.width):
         console.print()
         console.print(table)
@@ -164,7 +164,7 @@ def _path_table(result: ParityResult) -> Any:
     table.add_column("paths and schedules")
     table.add_column("covered")
     table.add_column("elements", justify="right", no_wrap=True)
-    whole = f"prompt and {result.steps} steps"
+    whole = f"prompt and {_count(result.steps, 'step')}"
     for tally in result.paths:
         table.add_row(tally.name, whole, Text(_total([tally]), style="" if tally.equal else "bold red"))
     for outcome in result.schedules:
@@ -192,11 +192,15 @@ def _covered(outcome: ScheduleResult, result: ParityResult) -> str:
     plan = outcome.schedule
     n = len(result.tokens)
     text = f"all {n} positions" if plan.positions == n else f"the first {plan.positions} of {n} positions"
-    text += f", {-(-plan.positions // plan.chunk)} chunks" if plan.chunk < plan.positions else ", 1 chunk"
+    text += ", " + _count(-(-plan.positions // plan.chunk), "chunk")
     if plan.steps:
-        text += f", {plan.steps} steps"
+        text += ", " + _count(plan.steps, "step")
     same = _same_digest(outcome, result)
     return text if same is None else text + (", same digest" if same else ", digest differs")
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
 def _same_digest(outcome: ScheduleResult, result: ParityResult) -> bool | None:
