@@ -3,6 +3,8 @@
 Every float operation here is one binary32 operation; sums are sums of integers. Triton's own exp, sqrt, `/` and float
 sums are approximate or ordered by the layout, and are not used."""
 
+import struct
+
 import triton
 import triton.language as tl
 
@@ -11,15 +13,22 @@ NAN_BITS = tl.constexpr(0x7FC00000)  # the one NaN
 TINY_BITS = tl.constexpr((127 - 100) << 23)  # 2^-100: groups below it quantise to zero
 P_ONE = tl.constexpr(1048576.0)  # 2^20: probabilities in fixed point
 
+
+
+def _f32(bits: int) -> tl.constexpr:
+    """The binary32 with these bits, as the contract writes its constants."""
+    return tl.constexpr(struct.unpack("<f", struct.pack("<I", bits))[0])
+
+
 _ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds |a| <= 2^22 to an integer, ties to even
-_LOG2E = tl.constexpr(1.4426950216293335)  # 0x3fb8aa3b
-_LN2_HI = tl.constexpr(0.693359375)  # 0x3f318000
-_LN2_LO = tl.constexpr(-0.00021219444170128554)  # 0xb95e8083
-_EXP_Q4 = tl.constexpr(0.0013813879340887070)  # 0x3ab50fb0
-_EXP_Q3 = tl.constexpr(0.008369064889848232)  # 0x3c091e66
-_EXP_Q2 = tl.constexpr(0.04166842252016068)  # 0x3d2aac82
-_EXP_Q1 = tl.constexpr(0.16666518151760101)  # 0x3e2aaa47
-_EXP_Q0 = tl.constexpr(0.49999994039535522)  # 0x3efffffe
+_LOG2E = _f32(0x3FB8AA3B)
+_LN2_HI = _f32(0x3F318000)
+_LN2_LO = _f32(0xB95E8083)
+_EXP_Q4 = _f32(0x3AB50FB0)
+_EXP_Q3 = _f32(0x3C091E66)
+_EXP_Q2 = _f32(0x3D2AAC82)
+_EXP_Q1 = _f32(0x3E2AAA47)
+_EXP_Q0 = _f32(0x3EFFFFFE)
 
 
 @triton.jit

@@ -1,0 +1,84 @@
+"""The traced forward pass in numpy: the arithmetic of `forward` with every intermediate named."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from exactmoe.parity.reference.attention import attend, attention_scores, attention_softmax
+from exactmoe.parity.reference.embedding import embed
+from exactmoe.parity.reference.forward import check_tokens
+from exactmoe.parity.reference.kv_cache import KVCache, append
+from exactmoe.parity.reference.matmul import matmul
+from exactmoe.parity.reference.moe import moe_ffn_traced
+from exactmoe.parity.reference.norm import rms_norm
+from exactmoe.parity.reference.numerics import F32, Array
+from exactmoe.parity.reference.quantize import quantize
+from exactmoe.parity.reference.residual import add
+from exactmoe.parity.reference.rope import qk_norm_rope
+from exactmoe.parity.reference.weights import LayerWeights, Weights
+
+WHOLE_MODEL = -1  # layer number of a stage that belongs to no layer
+
+
+class Traced(NamedTuple):
+    """Logits of all positions, and every stage by (name, layer)."""
+
+    logits: F32  # [T, V]
+    stages: dict[tuple[str, int], Array]
+
+
+def forward_traced(weights: Weights, cache: KVCache, tokens: Sequence[int], profile: str) -> Traced:
+    """Run T tokens after those in `cache`, which grows by T, and keep every stage."""
+    ids = check_tokens(weights, cache, tokens)
+    stages: dict[tuple[str, int], Array] = {}
+    x = stages["embedding", WHOLE_MODEL] = embed(weights.embedding, ids)
+    for i, layer in enumerate(weights.layers):
+        named = _attention(weights, layer, cache, i, x, profile)
+        named |= _moe(weights, layer, named["post_attn_residual"], profile)
+        x = named["post_ffn_residual"]
+        stages |= {(name, i): value for name, value in named.items()}
+    cache.length += len(ids)
+    normed = stages["final_norm", WHOLE_MODEL] = rms_norm(x, weights.output_norm, weights.dims.eps)
+    logits = stages["lm_head", WHOLE_MODEL] = matmul(weights.output, quantize(normed, profile))
+    return Traced(logits, stages)
+
+
+def _attention(weights: Weights, layer: LayerWeights, cache: KVCache, i: int, x: F32, profile: str) -> dict[str, Array]:
+    eps, start, kv = weights.dims.eps, cache.length, cache.layer(i)
+    attn_norm = rms_norm(x, layer.attn_norm, eps)
+    n = quantize(attn_norm, profile)
+    q, k, v = matmul(layer.q, n), matmul(layer.k, n), matmul(layer.v, n)
+    q_post_rope = qk_norm_rope(q, layer.q_norm, eps, cache.rope, start)
+    k_post_rope = qk_norm_rope(k, layer.k_norm, eps, cache.rope, start)
+    append(k_post_rope, v, kv, start)
+    attention = attend(q_post_rope, kv, start)
+    attn_out = matmul(layer.attn_output, quantize(attention, profile))
+    return {
+        "attn_norm": attn_norm,
+        "q": q,
+        "k": k,
+        "v": v,
+        "q_post_rope": q_post_rope,
+        "k_post_rope": k_post_rope,
+        "attn_scores": attention_scores(q_post_rope, kv, start),
+        "attn_softmax": attention_softmax(q_post_rope, kv, start),
+        "attention": attention,
+        "attn_out": attn_out,
+        "post_attn_residual": add(x, attn_out),
+    }
+
+
+def _moe(weights: Weights, layer: LayerWeights, x: F32, profile: str) -> dict[str, Array]:
+    ffn_norm = rms_norm(x, layer.ffn_norm, weights.dims.eps)
+    moe = moe_ffn_traced(ffn_norm, layer, weights.dims, profile)
+    return {
+        "ffn_norm": ffn_norm,
+        "moe_router_logits": moe.logits,
+        "moe_router": moe.routing.weight,
+        "moe_router_indices": moe.routing.expert,
+        "moe_expert_gate": moe.gate,
+        "moe_expert_up": moe.up,
+        "moe_expert_swigl": moe.swiglu,
+        "moe_expert_out": moe.out,
+        "moe_ffn_out": moe.y,
+        "post_ffn_residual": add(x, moe.y),
+    }
