@@ -176,6 +176,7 @@ NOT_OPS = {
     "errors": "the two exceptions",
     "formats": "the list of quantised types",
     "launch": "where kernels run",
+    "interpreter": "how fast the interpreter runs",
     "tensors": "containers and their checks",
     "tiles": "block sizes, which change no bit",
     "ptx_lint": "judges the compiler's output",
@@ -255,18 +256,20 @@ def inexact_operations(sources: Sources) -> Finding:
     breaches = []
     for name, function in functions:
         for node in ast.walk(function):
-            word = None
-            if isinstance(node, ast.Attribute):
-                whole = ast.unparse(node)
-                if node.attr in INEXACT or re.match(r"tl\.(atomic_|math\b|extra\b)|.*libdevice", whole):
-                    word = whole
-            elif isinstance(node, ast.BinOp | ast.AugAssign) and isinstance(node.op, ast.Div):
-                sides = (node.left, node.right) if isinstance(node, ast.BinOp) else ()
-                if not (sides and all(compile_time(side) for side in sides)):
-                    word = "/"
+            word = inexact(node)
             if word:
-                breaches.append(f"{name}.{function.name}:{node.lineno} uses {word}")
+                breaches.append(f"{name}.{function.name}: uses {word} in {ast.unparse(node)}")
     return Finding(len(functions), breaches)
+
+
+def inexact(node: ast.AST) -> str | None:
+    """The forbidden word that this node of a jit function is, or None."""
+    if isinstance(node, ast.Attribute):
+        whole = ast.unparse(node)
+        return whole if node.attr in INEXACT or re.match(r"tl\.(atomic_|math\b|extra\b)|.*libdevice", whole) else None
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
+        return None if compile_time(node.left) and compile_time(node.right) else "/"
+    return "/" if isinstance(node, ast.AugAssign) and isinstance(node.op, ast.Div) else None
 
 
 def compile_time(node: ast.expr) -> bool:
@@ -476,8 +479,9 @@ def too_large(root: Path) -> Finding:
     """Files above MAX_FILE_BYTES, among those git has or would take; without git, among all."""
     git = ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(git, capture_output=True, text=True)
-    names = listed.stdout.split("\0") if listed.returncode == 0 else [p.relative_to(root) for p in root.rglob("*")]
-    files = [path for path in map(root.joinpath, filter(None, names)) if path.is_file()]
+    names = listed.stdout.split("\0")[:-1]
+    paths = [root / name for name in names] if listed.returncode == 0 else root.rglob("*")
+    files = [path for path in paths if path.is_file()]
     large = [f"{path.relative_to(root)}: {size}" for path in files if (size := path.stat().st_size) > MAX_FILE_BYTES]
     return Finding(len(files), large)
 
