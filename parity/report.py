@@ -227,7 +227,8 @@ def _why_not(result: ParityResult) -> str:
     gaps: Sequence[str] = (*result.coverage.missing, *result.coverage.unexpected)
     if gaps:
         return f"stages do not match the request: {gaps[0]}"
-    return "not everything was compared"
+    again = [s.schedule.name for s in result.schedules if _same_digest(s, result) is False]
+    return f"{again[0]} has another digest" if again else "not everything was compared"
 
 
 def _difference_json(difference: Difference | None) -> dict[str, Any] | None:

@@ -1,6 +1,6 @@
 import io
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,9 +8,9 @@ import pytest
 
 from exactmoe.kernels.errors import InvalidInput
 from exactmoe.model import stages
-from exactmoe.parity.bits import digest
+from exactmoe.parity.bits import compare, digest
 from exactmoe.parity.report import Setting, as_json, numerics_version, print_report, verdict
-from exactmoe.parity.run import CHUNK, ParityResult, Schedule, compare_sides, plan_schedules
+from exactmoe.parity.run import CHUNK, Coverage, ParityResult, Schedule, Tally, compare_sides, plan_schedules
 from exactmoe.parity.sides import KV_ARRAYS, Trace
 
 N_LAYERS = 2
@@ -317,22 +317,59 @@ def test_a_result_that_depends_on_the_schedule_is_found(what, chunk, name, bound
     assert not_equal(result) == [f"{name} -1"]
 
 
-def test_a_second_run_that_gives_other_bits_is_found_and_has_another_digest():
+@pytest.mark.parametrize(("steps_done", "when"), [(0, "logits: "), (STEPS, f"logits, step {STEPS}: ")])
+def test_a_second_run_that_gives_other_bits_is_found_and_has_another_digest(steps_done, when):
     class Unsteady(FakeSide):
         runs = 0
 
         def run(self, cache, tokens, chunk, all_positions):
             logits = super().run(cache, tokens, chunk, all_positions)
-            self.runs += cache.length == len(PROMPT) + STEPS
-            if self.runs == 2 and cache.length == len(PROMPT) + STEPS:
-                logits = logits + 1
+            if cache.length == len(PROMPT) + steps_done and not all_positions:
+                self.runs += 1
+                return logits + (self.runs - 1)
             return logits
 
     result = parity(right=Unsteady("triton"))
     assert not_equal(result) == ["the same run again -1"]
     assert result.schedules[0].digest != result.run_digest
-    assert f"logits, step {STEPS}" in str(result.first)
+    assert f"the same run again, {when}" in str(result.first)
     assert "digest differs" in report(result)
+
+
+def test_another_digest_alone_is_not_equal():
+    result = parity()
+    again, *others = result.schedules
+    changed = replace(result, schedules=(again._replace(digest="0" * 64), *others))
+    assert result.equal
+    assert not changed.equal
+    assert (
+        verdict(changed) == f"PARITY: NOT EQUAL, 0 of {4_752:,} elements differ; the same run again has another digest"
+    )
+
+
+def test_a_tally_of_nothing_is_not_equal_and_its_first_difference_stays():
+    tally = Tally("q", 0)
+    assert not tally.equal
+    tally.add("prefill", compare("q", np.zeros(2), np.zeros(2)))
+    assert tally.equal
+    tally.add("step 1", compare("q", np.zeros(2), np.ones(2)))
+    tally.add("step 2", compare("q", np.zeros(3), np.ones(3)))
+    assert (tally.compared, tally.differing, tally.failed) == (7, 5, 2)
+    assert tally.first.when == "step 1"
+
+
+@pytest.mark.parametrize(
+    ("coverage", "complete"),
+    [
+        (Coverage(3, 3, 3, 3, (), ()), True),
+        (Coverage(3, 3, 3, 2, (), ()), False),
+        (Coverage(0, 0, 0, 0, (), ()), False),
+        (Coverage(3, 3, 3, 3, ("triton: q",), ()), False),
+        (Coverage(3, 3, 3, 3, (), ("triton: scratch",)), False),
+    ],
+)
+def test_coverage_is_complete_when_all_that_was_requested_was_compared(coverage, complete):
+    assert coverage.complete is complete
 
 
 def test_the_whole_prompt_goes_through_every_schedule_unless_bounded():
