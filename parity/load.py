@@ -8,7 +8,7 @@ from exactmoe.parity.reference.weights import Dims, LayerWeights, QuantMatrix, W
 
 
 def reference_weights(file: GGUFFile) -> Weights:
-    """The reference's view of `file`: the memory map itself, nothing expanded. Raises `InvalidInput` as the loader does."""
+    """The model in `file` as views of its memory map, nothing expanded. Raises `InvalidInput` as the loader does."""
     config = Config.from_gguf(file)
     check_model(file, config)
 

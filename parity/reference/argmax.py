@@ -2,14 +2,14 @@
 
 import numpy as np
 
-from exactmoe.parity.reference.numerics import F32, I32
+from exactmoe.parity.reference.numerics import F32, I32, I64, INF, require
 
 
 def argmax(logits: F32) -> I32:
-    """The smallest id among the largest logits; NaN is below everything."""
+    """The smallest id among those with the largest logit; NaN is below everything, so a row of NaN gives 0."""
+    require(logits.ndim == 2 and logits.shape[1] > 0, f"logits must have shape [T, V], V > 0, got {list(logits.shape)}")
     nan = np.isnan(logits)
-    below = np.where(nan, np.float32(-np.inf), logits)
-    # A row of -inf and NaN must choose the -inf: rank NaN one step further down.
-    best = np.max(below, axis=1, keepdims=True)
-    candidate = (below == best) & ~nan
-    return np.where(nan.all(axis=1), 0, np.argmax(candidate, axis=1)).astype(np.int32)
+    largest = np.max(np.where(nan, -INF, logits), axis=1, keepdims=True)
+    chosen = (logits == largest) | nan.all(axis=1, keepdims=True)
+    first: I64 = np.argmax(chosen, axis=1)
+    return first.astype(np.int32)

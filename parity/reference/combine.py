@@ -1,4 +1,6 @@
-"""Sum the active experts' outputs.      expert_out [R, D] f32, weight [T, A] f32 -> [T, D] f32"""
+"""Sum a token's experts.      expert_out [R, D] f32, weight [T, A] f32 -> [T, D] f32
+
+Left fold over rank: ((0 + w_0*y_0) + w_1*y_1) + ..."""
 
 import numpy as np
 
@@ -7,11 +9,12 @@ from exactmoe.parity.reference.numerics import F32, quiet, require
 
 @quiet
 def combine(expert_out: F32, weight: F32) -> F32:
-    """Left fold over rank k of weight[t, k] * expert_out[t*A + k], from zero."""
+    """The weighted sum over ranks k of rows r = t*A + k."""
     T, A = weight.shape
-    require(len(expert_out) == T * A, f"expert_out must have {T * A} rows, got {len(expert_out)}")
-    rows = expert_out.reshape(T, A, expert_out.shape[1])
-    out = np.zeros((T, expert_out.shape[1]), np.float32)
+    R, D = expert_out.shape
+    require(R == T * A, f"{R} expert rows are not {T} tokens of {A} experts")
+    y = expert_out.reshape(T, A, D)
+    total = np.zeros((T, D), np.float32)
     for k in range(A):
-        out = out + weight[:, k, None] * rows[:, k]
-    return out
+        total = total + weight[:, k, None] * y[:, k]
+    return total

@@ -1,4 +1,6 @@
-"""The forward pass of Qwen3-MoE in numpy, top to bottom."""
+"""The forward pass of Qwen3-MoE in numpy, top to bottom. Prefill chunks and decode steps are the same code.
+
+T tokens, D model width, H query heads, G kv heads, C head width, E experts, A active, F expert width, V vocabulary."""
 
 from collections.abc import Sequence
 
@@ -18,7 +20,9 @@ from exactmoe.parity.reference.weights import LayerWeights, Weights
 
 
 def forward(weights: Weights, cache: KVCache, tokens: Sequence[int], profile: str, all_positions: bool = False) -> F32:
-    """Run T tokens after those in `cache`, which grows by T; logits f32 [V] of the last, or [T, V] of all."""
+    """Run T tokens after those in `cache`, which grows by T; logits f32 [V] of the last, or [T, V] of all.
+
+    Raises ValueError for no token, an id outside the vocabulary, and more tokens than the cache has room for."""
     ids = check_tokens(weights, cache, tokens)
     eps = weights.dims.eps
     x = embed(weights.embedding, ids)  # [T, D]
@@ -32,6 +36,7 @@ def forward(weights: Weights, cache: KVCache, tokens: Sequence[int], profile: st
 
 
 def _attention(weights: Weights, layer: LayerWeights, cache: KVCache, i: int, x: F32, profile: str) -> F32:
+    """Attention of layer `i` on the residual stream x [T, D], keys and values appended: [T, D], not yet added to x."""
     eps, start, kv = weights.dims.eps, cache.length, cache.layer(i)
     n = quantize(rms_norm(x, layer.attn_norm, eps), profile)
     q = qk_norm_rope(matmul(layer.q, n), layer.q_norm, eps, cache.rope, start)  # [T, H, C]
@@ -41,10 +46,10 @@ def _attention(weights: Weights, layer: LayerWeights, cache: KVCache, i: int, x:
 
 
 def check_tokens(weights: Weights, cache: KVCache, tokens: Sequence[int]) -> I32:
-    """Tokens as i32 [T]; refuses none, ids outside the vocabulary, and more than the cache holds."""
+    """The tokens as i32 [T], if they can be run."""
     require(len(tokens) > 0, "no token to run")
-    room = cache.capacity - cache.length
-    require(len(tokens) <= room, f"{len(tokens)} tokens do not fit the cache: {room} of {cache.capacity} positions left")
+    room, of = cache.capacity - cache.length, cache.capacity
+    require(len(tokens) <= room, f"{len(tokens)} tokens do not fit the cache: {room} of {of} positions left")
     bad = next((t for t in tokens if not 0 <= t < weights.dims.vocab), None)
     require(bad is None, f"token id {bad} is outside the vocabulary of {weights.dims.vocab}")
-    return np.asarray(tokens, np.int32)
+    return np.array(tokens, np.int32)

@@ -1,74 +1,101 @@
-"""Router: logits over experts, then softmax, top-k, renormalise.      x [T, D] f32 -> weight [T, A] f32, expert [T, A] i32"""
+"""Router.      x [T, D] f32, normed -> logits [T, E] f32 -> weight [T, A] f32, expert [T, A] i32
 
-import math
+Logits are exact integer dots of fixed-point rows. Then softmax over all experts, the A best, and their weights
+renormalised; equal probabilities go to the smaller id."""
+
 from typing import NamedTuple
 
 import numpy as np
 
 from exactmoe.parity.reference.numerics import (
-    F32, I32, NAN, ONE, P_ONE, ZERO, exp, exponent, isum_dot, nonfinite, pow2, quiet, require, rne,
-)  # fmt: skip
+    F32,
+    FIXED_ONE,
+    I32,
+    I64,
+    NAN,
+    ONE,
+    ZERO,
+    exp,
+    exponent,
+    isum_dot,
+    largest,
+    nonfinite,
+    pow2,
+    quiet,
+    require,
+    rne,
+)
+
+MAX_WIDTH = 16384
 
 
 class RouterWeight(NamedTuple):
-    """Router rows in fixed point."""
+    """Router rows in fixed point: w = scale * q."""
 
     q: I32  # [E, D]
-    scale: F32  # [E]
+    scale: F32  # [E] powers of two
 
 
 class Routing(NamedTuple):
-    """Where each token goes, best first."""
+    """Experts of each token, best first, with the weight of each."""
 
     weight: F32  # [T, A]
     expert: I32  # [T, A]
 
 
-def router_bits(width: int) -> tuple[int, int]:
-    """Bits (x, w) of the fixed-point operands: width * 2^x * 2^w <= 2^52."""
-    lg = math.ceil(math.log2(width))
-    w = min(20, (52 - lg) // 2)
-    return min(21, 52 - lg - w), w
+class _Bits(NamedTuple):
+    """Bits of the fixed-point operands: D * 2^x * 2^w <= 2^52."""
 
-
-@quiet
-def fix(v: F32, bits: int) -> RouterWeight:
-    """Rows of v in fixed point: integers of `bits` bits from the row's largest, and their power-of-two scale."""
-    finite = np.where(nonfinite(v)[..., None], ZERO, v)
-    e = np.maximum(exponent(np.max(np.abs(finite), axis=-1)), -100)
-    return RouterWeight(rne(finite * pow2(bits - 1 - e)[..., None]), pow2(e + 1 - bits))
+    x: int
+    w: int
 
 
 def prepare_router(weight: F32) -> RouterWeight:
-    """Put F32 router rows [E, D] into fixed point."""
+    """Put the F32 router [E, D] into fixed point. Raises ValueError for another dtype, and for NaN or infinity."""
     require(weight.dtype == np.float32, f"router weight must be f32, got {weight.dtype}")
-    return fix(weight, router_bits(weight.shape[1])[1])
+    require(bool(np.isfinite(weight).all()), "router weight holds a NaN or an infinity")
+    return _fix(weight, _bits(weight.shape[1]).w)
 
 
 @quiet
 def router_logits(x: F32, weight: RouterWeight) -> F32:
-    """Logits [T, E] of normed rows x [T, D]."""
-    require(x.shape[1] == weight.q.shape[1], f"x must have shape [T, {weight.q.shape[1]}], got {list(x.shape)}")
-    q, scale = fix(x, router_bits(x.shape[1])[0])
-    logits = (isum_dot(q, weight.q.T).astype(np.float32) * scale[:, None]) * weight.scale
-    return np.where(nonfinite(x)[:, None], NAN, logits)
+    """Logits [T, E] of normed rows x [T, D]; NaN where the row is not finite."""
+    E, D = weight.q.shape
+    require(x.ndim == 2 and x.shape[1] == D, f"x must have shape [T, {D}], got {list(x.shape)}")
+    bad = nonfinite(x)[:, None]
+    fixed = _fix(np.where(bad, ZERO, x), _bits(D).x)
+    logits = (isum_dot(fixed.q, weight.q.T).astype(np.float32) * fixed.scale[:, None]) * weight.scale
+    return np.where(np.broadcast_to(bad, (len(x), E)), NAN, logits)
 
 
 @quiet
 def route(logits: F32, top_k: int) -> Routing:
-    """The `top_k` most probable experts a token, equal ones in order of id, weights renormalised."""
+    """The `top_k` most probable experts of each token; logits not finite give ids 0, 1, ... and NaN weights."""
     T, E = logits.shape
     require(1 <= top_k <= E, f"top_k must be 1 to the {E} experts, got {top_k}")
-    bad = nonfinite(logits)
-    calm = np.where(bad[:, None], ZERO, logits)
-    p = exp(calm - np.max(calm, axis=1, keepdims=True))
-    den = np.sum(rne(p * P_ONE).astype(np.int64), axis=1).astype(np.float32) * (ONE / P_ONE)
-    prob = p / den[:, None]
+    bad = nonfinite(logits)[:, None]
+    finite = np.where(bad, ZERO, logits)  # equal logits: the stable sort leaves ids 0, 1, ... first
+    p = exp(finite - np.max(finite, axis=1, keepdims=True))
+    total: I64 = np.sum(rne(p * FIXED_ONE), axis=1, dtype=np.int64)
+    den: F32 = total[:, None].astype(np.float32) * np.float32(2.0**-20)
+    prob = p / den
     expert = np.argsort(-prob, axis=1, kind="stable")[:, :top_k].astype(np.int32)
     chosen = np.take_along_axis(prob, expert, axis=1)
-    total = np.zeros(T, np.float32)
+    s = np.zeros((T, 1), np.float32)
     for k in range(top_k):
-        total = total + chosen[:, k]
-    none = (total <= 0)[:, None]
-    weight = np.where(none, ONE / np.float32(top_k), chosen / np.where(none, ONE, total[:, None]))
-    return Routing(np.where(bad[:, None], NAN, weight), expert)
+        s = s + chosen[:, k : k + 1]
+    weight = np.where(s <= 0, ONE / np.float32(top_k), chosen / s)
+    return Routing(np.where(bad, NAN, weight), expert)
+
+
+def _bits(width: int) -> _Bits:
+    require(0 < width <= MAX_WIDTH, f"the router is defined for widths up to {MAX_WIDTH}, got {width}")
+    lg = (width - 1).bit_length()  # ceil(log2 width)
+    w = min(20, (52 - lg) // 2)
+    return _Bits(x=min(21, 52 - lg - w), w=w)
+
+
+def _fix(v: F32, bits: int) -> RouterWeight:
+    """Finite rows as integers of `bits` bits and sign, scaled by the power of two above the row's largest magnitude."""
+    e = np.maximum(exponent(largest(v)), -100)
+    return RouterWeight(rne(v * pow2(bits - 1 - e)[..., None]), pow2(e + 1 - bits))

@@ -6,11 +6,12 @@ from exactmoe.parity.reference.quantize import Activations, quantize
 
 @quiet
 def swiglu(gate: F32, up: F32) -> F32:
-    """(gate * (1 / (1 + exp(-gate)))) * up."""
+    """silu(gate) * up, with silu(g) = g * (1 / (1 + exp(-g)))."""
     require(gate.shape == up.shape, f"up must have shape {list(gate.shape)}, got {list(up.shape)}")
-    return (gate * (ONE / (ONE + exp(-gate)))) * up
+    silu = gate * (ONE / (ONE + exp(-gate)))
+    return silu * up
 
 
 def swiglu_quantize(gate: F32, up: F32, profile: str) -> Activations:
-    """The activations of SwiGLU."""
+    """SwiGLU, quantised."""
     return quantize(swiglu(gate, up), profile)

@@ -1,22 +1,26 @@
-"""The traced forward pass in numpy: the arithmetic of `forward` with every intermediate named."""
+"""The traced forward pass: the arithmetic of `forward`, with every intermediate named."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from exactmoe.parity.reference.attention import attend, attention_scores, attention_softmax
+from exactmoe.parity.reference.combine import combine
+from exactmoe.parity.reference.dispatch import dispatch
 from exactmoe.parity.reference.embedding import embed
 from exactmoe.parity.reference.forward import check_tokens
 from exactmoe.parity.reference.kv_cache import KVCache, append
-from exactmoe.parity.reference.matmul import matmul
-from exactmoe.parity.reference.moe import moe_ffn_traced
+from exactmoe.parity.reference.matmul import grouped_matmul, matmul
+from exactmoe.parity.reference.moe import require_moe
 from exactmoe.parity.reference.norm import rms_norm
 from exactmoe.parity.reference.numerics import F32, Array
 from exactmoe.parity.reference.quantize import quantize
 from exactmoe.parity.reference.residual import add
 from exactmoe.parity.reference.rope import qk_norm_rope
+from exactmoe.parity.reference.router import prepare_router, route, router_logits
+from exactmoe.parity.reference.swiglu import swiglu
 from exactmoe.parity.reference.weights import LayerWeights, Weights
 
-WHOLE_MODEL = -1  # layer number of a stage that belongs to no layer
+WHOLE_MODEL = -1  # the layer of a stage that belongs to none
 
 
 class Traced(NamedTuple):
@@ -27,7 +31,7 @@ class Traced(NamedTuple):
 
 
 def forward_traced(weights: Weights, cache: KVCache, tokens: Sequence[int], profile: str) -> Traced:
-    """Run T tokens after those in `cache`, which grows by T, and keep every stage."""
+    """Run T tokens after those in `cache`, which grows by T, and keep every stage. Raises ValueError as `forward`."""
     ids = check_tokens(weights, cache, tokens)
     stages: dict[tuple[str, int], Array] = {}
     x = stages["embedding", WHOLE_MODEL] = embed(weights.embedding, ids)
@@ -68,17 +72,27 @@ def _attention(weights: Weights, layer: LayerWeights, cache: KVCache, i: int, x:
 
 
 def _moe(weights: Weights, layer: LayerWeights, x: F32, profile: str) -> dict[str, Array]:
+    T, A = len(x), weights.dims.n_active
     ffn_norm = rms_norm(x, layer.ffn_norm, weights.dims.eps)
-    moe = moe_ffn_traced(ffn_norm, layer, weights.dims, profile)
+    require_moe(ffn_norm, layer, weights.dims, profile)
+    logits = router_logits(ffn_norm, prepare_router(layer.router))
+    routing = route(logits, A)
+    rows = dispatch(routing.expert, weights.dims.n_experts)
+    u = quantize(ffn_norm, profile)
+    gate = grouped_matmul(layer.gate, u, rows, A)
+    up = grouped_matmul(layer.up, u, rows, A)
+    h = swiglu(gate, up)
+    out = grouped_matmul(layer.down, quantize(h, profile), rows, 1)
+    y = combine(out, routing.weight)
     return {
         "ffn_norm": ffn_norm,
-        "moe_router_logits": moe.logits,
-        "moe_router": moe.routing.weight,
-        "moe_router_indices": moe.routing.expert,
-        "moe_expert_gate": moe.gate,
-        "moe_expert_up": moe.up,
-        "moe_expert_swigl": moe.swiglu,
-        "moe_expert_out": moe.out,
-        "moe_ffn_out": moe.y,
-        "post_ffn_residual": add(x, moe.y),
+        "moe_router_logits": logits,
+        "moe_router": routing.weight,
+        "moe_router_indices": routing.expert,
+        "moe_expert_gate": gate.reshape(T, A, -1),
+        "moe_expert_up": up.reshape(T, A, -1),
+        "moe_expert_swigl": h.reshape(T, A, -1),
+        "moe_expert_out": out.reshape(T, A, -1),
+        "moe_ffn_out": y,
+        "post_ffn_residual": add(x, y),
     }

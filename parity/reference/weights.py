@@ -1,18 +1,20 @@
-"""The model's weights as numpy arrays: quantised bytes as the file holds them, norms and routers in f32."""
+"""A model's weights: quantised bytes as the file holds them, norms and routers in f32.
+
+T tokens, D model width, H query heads, G kv heads, C head width, E experts, A active, F expert width, V vocabulary."""
 
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from exactmoe.parity.reference import q4_k, q6_k
-from exactmoe.parity.reference.numerics import F32, require
+from exactmoe.parity.reference.numerics import F32, U8, require
 
+BLOCK = 256  # weights in a block of either format
 BLOCK_BYTES = {"Q4_K": q4_k.BYTES, "Q6_K": q6_k.BYTES}
 
 
 class Dims(NamedTuple):
-    """Dims of a Qwen3-MoE model."""
+    """Dims of a model."""
 
     hidden: int  # D
     n_layers: int  # L
@@ -29,24 +31,26 @@ class Dims(NamedTuple):
 
 
 class QuantMatrix(NamedTuple):
-    """Quantised rows, one matrix or one an expert."""
+    """A matrix of quantised rows, or one for every expert."""
 
-    data: npt.NDArray[np.uint8]  # [..., N, row_bytes]
+    data: U8  # [..., N, row_bytes]
     type_name: str
 
     @property
     def n(self) -> int:
-        """Output features."""
+        """Rows, which are output features."""
         return int(self.data.shape[-2])
 
     @property
     def k(self) -> int:
-        """Input features."""
-        require(self.type_name in BLOCK_BYTES, f"type {self.type_name} has no reference; there is {', '.join(BLOCK_BYTES)}")
-        size = BLOCK_BYTES[self.type_name]
-        row = self.data.shape[-1]
-        require(row > 0 and row % size == 0, f"a row of {row} bytes is not a whole number of {self.type_name} blocks of {size} bytes")
-        return int(row // size * 256)
+        """Weights in a row, which are input features. Raises ValueError for bytes that are not whole blocks."""
+        known = ", ".join(BLOCK_BYTES)
+        require(self.type_name in BLOCK_BYTES, f"type {self.type_name} has no reference; supported: {known}")
+        size, row = BLOCK_BYTES[self.type_name], int(self.data.shape[-1])
+        require(
+            row > 0 and row % size == 0, f"a row of {row} bytes is no whole number of {self.type_name} blocks ({size})"
+        )
+        return row // size * BLOCK
 
 
 class LayerWeights(NamedTuple):
