@@ -1,9 +1,9 @@
 """Causal grouped-query attention over an integer cache.      q [T, H, C] f32 -> [T, H*C] f32
-Promised order: scores are exact integer dots, scaled; the row's maximum is exact; probabilities in fixed point make the
-denominator and P.V sums of integers. So any cut of the keys gives the same bits: partial sums of `split` parts are added
-as integers, and decode equals prefill.
+Promised order: scores are exact integer dots, scaled; the row's maximum is exact; probabilities in fixed point make
+the denominator and P.V sums of integers. So any cut of the keys gives the same bits: partial sums of `split` parts are
+added as integers, and decode equals prefill.
 
-Three launches: row maxima a part, sums a part, join. Integers are carried by f64, which holds every sum (below 2^53)."""
+Three launches: row maxima a part, sums a part, join. Integers ride in f64, which holds every sum (below 2^53)."""
 
 import torch
 import triton
@@ -82,14 +82,17 @@ def _require_attention(q: Tensor, kv: KVLayer, start: int) -> tuple[int, int, in
 def _meta(H: int, G: int, C: int, tile: tiles.AttentionTile) -> dict[str, object]:
     per = H // G
     return dict(
-        H=H, G=G, C=C, C2=max(16, triton.next_power_of_2(C)), PER=per,
-        M=max(16, tile.queries * triton.next_power_of_2(per)), Q=tile.queries, BK=tile.keys, num_warps=tile.warps, **FAITHFUL,
+        H=H, G=G, C=C, C2=max(16, triton.next_power_of_2(C)), PER=per, Q=tile.queries, BK=tile.keys,
+        M=max(16, tile.queries * triton.next_power_of_2(per)), num_warps=tile.warps, **FAITHFUL,
     )  # fmt: skip
 
 
 @triton.jit
-def _load_queries(q_ptr, start, T, H: tl.constexpr, C: tl.constexpr, C2: tl.constexpr, PER: tl.constexpr, M: tl.constexpr, Q: tl.constexpr):  # fmt: skip
-    """This program's query rows [M, C2] as integers in f64, their score factor [M], position, flat (t*H + h) and mask."""
+def _load_queries(
+    q_ptr, start, T,
+    H: tl.constexpr, C: tl.constexpr, C2: tl.constexpr, PER: tl.constexpr, M: tl.constexpr, Q: tl.constexpr,
+):  # fmt: skip
+    """This program's query rows [M, C2] as integers in f64; their score factor, position, flat row and mask, [M] each."""
     i = tl.arange(0, M)
     t = tl.program_id(0) * Q + i // PER
     h = tl.program_id(1) * PER + i % PER
@@ -104,7 +107,7 @@ def _load_queries(q_ptr, start, T, H: tl.constexpr, C: tl.constexpr, C2: tl.cons
 
 @triton.jit
 def _wide(x):
-    """i16 tile as f64. The sum over one element hides the 16-bit load, for which Triton picks an f64 layout it lacks."""
+    """i16 tile as f64. The sum over one element hides the 16-bit load, for which Triton picks a layout f64 lacks."""
     return tl.sum(x.to(tl.int32)[:, :, None], axis=2).to(tl.float64)
 
 
@@ -215,7 +218,7 @@ def _join_kernel(
     mask = live[:, None] & (c < C)[None, :]
     num = tl.zeros([M, C2], tl.float64)
     den = tl.zeros([M], tl.int64)
-    for part in range(0, n):
+    for part in range(n):
         at = tl.cast(part, tl.int64) * rows + row
         num += tl.load(num_ptr + at[:, None] * C + c[None, :], mask, 0.0)
         den += tl.load(den_ptr + at, live, 0)

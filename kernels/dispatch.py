@@ -22,7 +22,7 @@ class Dispatch(NamedTuple):
 
 
 def dispatch(expert: Tensor, n_experts: int) -> Dispatch:
-    """Stable grouping of routed rows; ids must lie in 0..n_experts-1. Bit-equal to parity.reference.dispatch.dispatch."""
+    """Stable grouping of routed rows, ids in 0..n_experts-1; bit-equal to parity.reference.dispatch.dispatch."""
     require(expert.dtype == torch.int32, f"expert ids must be i32, got {expert.dtype}")
     require_shape(expert, "expert ids", None, None)
     require(n_experts > 0, f"at least one expert, got {n_experts}")

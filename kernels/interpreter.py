@@ -36,9 +36,9 @@ def quicken() -> None:
         finally:
             rewired.clear()
 
-    interpreter._patch_lang = patch_lang
+    interpreter._patch_lang = patch_lang  # noqa: SLF001 - the hook has no public name
     executor.__call__ = call
-    executor._exactmoe_quickened = True
+    executor._exactmoe_quickened = True  # noqa: SLF001 - our own mark
 
 
 def _is_language(value: object) -> bool:

@@ -47,7 +47,10 @@ def require_kv(kv: KVLayer, n_kv_heads: int, head_dim: int) -> None:
     P = kv.k.shape[0]
     for name, part in (("k", kv.k), ("v", kv.v)):
         require(part.dtype == torch.int16, f"cache {name} must be i16, got {part.dtype}")
-        require(part.shape == (P, n_kv_heads, head_dim), f"cache {name} must be {[P, n_kv_heads, head_dim]}, got {list(part.shape)}")
+        require(
+            part.shape == (P, n_kv_heads, head_dim),
+            f"cache {name} must be {[P, n_kv_heads, head_dim]}, got {list(part.shape)}",
+        )
         require(part.is_contiguous(), f"cache {name} must be contiguous")
     require_f32(kv.k_scale, "cache k_scale", P, n_kv_heads)
     require_f32(kv.v_scale, "cache v_scale", P, n_kv_heads)

@@ -2,9 +2,9 @@
 Promised order: per block of 256 an exact integer sum, put into f32 once; then P = xd*(d*S - dmin*T), and the P of a row
 are folded from zero in ascending block order. Nothing else is rounded, so tiles and row grouping cannot matter.
 
-The integers ride on fp16 tensor cores. Terms of a chain are kept so small that every partial sum stays below 2^24, where
-f32 holds integers exactly in any order: sc*(q-8) for Q4_K (504*127*256), two slices 64h + l of sc*q for Q6_K. Chains are
-joined as integers, which also keeps the compiler from merging two of them into one longer, inexact chain."""
+The integers ride on fp16 tensor cores. Terms of a chain are kept so small that every partial sum stays below 2^24,
+where f32 holds integers exactly in any order: sc*(q-8) for Q4_K (504*127*256), two slices 64h + l of sc*q for Q6_K.
+Chains are joined as integers, which also keeps the compiler from merging two of them into one longer, inexact chain."""
 
 import torch
 import triton
@@ -80,7 +80,8 @@ def _launch(
     _matmul_kernel[grid](
         weight.data, x.q, x.scale, x.group_sum, y,
         dispatch.order if dispatch else None, dispatch.offset if dispatch else None,
-        rows, x.q.shape[1], N=weight.n, NB=weight.k // BLOCK, BYTES=weight.format.block_bytes, FORMAT=weight.format.ggml_id,
+        rows, x.q.shape[1], N=weight.n, NB=weight.k // BLOCK,
+        BYTES=weight.format.block_bytes, FORMAT=weight.format.ggml_id,
         E=weight.data.shape[0] if dispatch else 0, E2=triton.next_power_of_2(weight.data.shape[0]) if dispatch else 0,
         PER=rows_per_activation, S=x.q.shape[0], BM=tile.rows, BN=tile.cols, num_warps=tile.warps, **FAITHFUL,
     )  # fmt: skip
@@ -127,7 +128,7 @@ def _matmul_kernel(
 
 @triton.jit
 def _expert_tile(pid, offset_ptr, E: tl.constexpr, E2: tl.constexpr, BM: tl.constexpr):
-    """Which expert tile number `pid` belongs to, its first slot, and the end of that expert's slots; E when past all."""
+    """The expert that tile `pid` belongs to (E when past all), the tile's first slot, the end of the expert's slots."""
     e = tl.arange(0, E2)
     begin = tl.load(offset_ptr + e, e < E, 0)
     count = tl.load(offset_ptr + e + 1, e < E, 0) - begin

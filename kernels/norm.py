@@ -87,6 +87,4 @@ def _rms_norm_quantize_kernel(
     b = tl.arange(0, M * NB)
     t = tl.program_id(0) * M + b // NB
     live = (t < T) & (b % NB < blocks)
-    store_activations(
-        tl.reshape(y, [M * NB, 256]), t * blocks + b % NB, live, q_ptr, scale_ptr, sum_ptr, T * blocks, S
-    )
+    store_activations(tl.reshape(y, [M * NB, 256]), t * blocks + b % NB, live, q_ptr, scale_ptr, sum_ptr, T * blocks, S)

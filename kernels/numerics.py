@@ -14,13 +14,14 @@ TINY_BITS = tl.constexpr((127 - 100) << 23)  # 2^-100: groups below it quantise 
 P_ONE = tl.constexpr(1048576.0)  # 2^20: probabilities in fixed point
 
 
-
 def _f32(bits: int) -> tl.constexpr:
     """The binary32 with these bits, as the contract writes its constants."""
     return tl.constexpr(struct.unpack("<f", struct.pack("<I", bits))[0])
 
 
-_ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds |a| <= 2^22 to an integer, ties to even
+_ROUND = tl.constexpr(
+    12582912.0
+)  # 1.5 * 2^23: adding and subtracting it rounds |a| <= 2^22 to an integer, ties to even
 _LOG2E = _f32(0x3FB8AA3B)
 _LN2_HI = _f32(0x3F318000)
 _LN2_LO = _f32(0xB95E8083)

@@ -1,4 +1,6 @@
-"""Q4_K blocks: load and decode.      256 weights, 144 B: d f16 | dmin f16 | scales 12 B (8 x 6+6 bit) | qs 128 B (256 x 4 bit)
+"""Q4_K blocks: load and decode.
+
+256 weights, 144 B: d f16 | dmin f16 | scales 12 B (8 x 6+6 bit) | qs 128 B (256 x 4 bit)
 
 Byte b of qs holds weight 64*(b//32) + b%32 in its low nibble and the one 32 further in its high nibble, so a block is
 decoded as two halves of 128 weights; `low_k` says which. Layout: ggml-common.h, block_q4_K; get_scale_min_k4."""

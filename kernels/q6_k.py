@@ -1,4 +1,6 @@
-"""Q6_K blocks: load and decode.      256 weights, 210 B: ql 128 B (low 4 bits) | qh 64 B (high 2 bits) | scales 16 x i8 | d f16
+"""Q6_K blocks: load and decode.
+
+256 weights, 210 B: ql 128 B (low 4 bits) | qh 64 B (high 2 bits) | scales 16 x i8 | d f16
 
 Byte b of ql, seen as (half n, row h, column l) = (b//64, b//32%2, b%32), holds weight 128n + 32h + l in its low nibble
 and the one 64 further in its high nibble; byte 32n + l of qh holds the high bits of the four weights of column l.

@@ -1,5 +1,5 @@
 """Quantise activation rows.      x [T, K] f32 -> q [S, T, K] i8, scale [T, K/256] f32, group_sum [S, T, K/16] i16
-Promised order: each block of 256 on its own; the scale from the block's largest magnitude, every element rounded once."""
+Promised order: each block of 256 alone; the scale from the block's largest magnitude, every element rounded once."""
 
 import torch
 import triton
@@ -41,7 +41,7 @@ def empty_activations(t: int, k: int, profile: str, device: torch.device) -> Act
 
 @triton.jit
 def store_activations(x, block, live, q_ptr, scale_ptr, sum_ptr, blocks, S: tl.constexpr):
-    """Quantise tile x [M, 256], whose rows are activation blocks number `block` of `blocks`, and store all its parts."""
+    """Quantise tile x [M, 256], whose rows are activation blocks `block` of `blocks`, and store all its parts."""
     M: tl.constexpr = x.shape[0]
     j = tl.arange(0, 256)
     g = tl.arange(0, 16)

@@ -1,6 +1,6 @@
-"""Router: logits over experts, then softmax, top-k, renormalise.      x [T, D] f32 -> weight [T, A] f32, expert [T, A] i32
-Promised order: logits are exact sums of fixed-point products, scaled; then max, exp, exact sum over all E, one division;
-equal scores go to the smaller expert; the A weights are folded left to right and divide once."""
+"""Router: logits, then softmax, top-k, renormalise.      x [T, D] f32 -> weight [T, A] f32, expert [T, A] i32
+Promised order: logits are exact sums of fixed-point products, scaled; then max, exp, exact sum over all E, one
+division; equal scores go to the smaller expert; the A weights are folded left to right and divide once."""
 
 import math
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from exactmoe.kernels import tiles
 from exactmoe.kernels.errors import require
 from exactmoe.kernels.launch import FAITHFUL
 from exactmoe.kernels.numerics import INF_BITS, P_ONE, bits_of, exp, exponent, magnitude, nan_where, pow2, round_even
-from exactmoe.kernels.tensors import require_f32, require_shape
+from exactmoe.kernels.tensors import require_f32
 
 _MAX_WIDTH = 16384
 _MAX_EXPERTS = 1024
@@ -42,7 +42,7 @@ def router_bits(width: int) -> tuple[int, int]:
 
 
 def prepare_router(weight: Tensor) -> RouterWeight:
-    """Put F32 router rows [E, D] into fixed point, once at load; bit-equal to parity.reference.router.prepare_router."""
+    """Put F32 router rows [E, D] into fixed point, once, at load; bit-equal to the reference's prepare_router."""
     require_f32(weight, "router weight", None, None)
     E, D = weight.shape
     require(0 < D <= _MAX_WIDTH, f"router width must be 1 to {_MAX_WIDTH}, got {D}")

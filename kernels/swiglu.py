@@ -54,9 +54,7 @@ def _swiglu_kernel(gate_ptr, up_ptr, out_ptr, n, M: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["blocks"])
-def _swiglu_quantize_kernel(
-    gate_ptr, up_ptr, q_ptr, scale_ptr, sum_ptr, blocks, S: tl.constexpr, M: tl.constexpr
-):
+def _swiglu_quantize_kernel(gate_ptr, up_ptr, q_ptr, scale_ptr, sum_ptr, blocks, S: tl.constexpr, M: tl.constexpr):
     block = tl.program_id(0) * M + tl.arange(0, M)
     live = block < blocks
     at = block.to(tl.int64)[:, None] * 256 + tl.arange(0, 256)[None, :]

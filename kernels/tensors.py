@@ -64,7 +64,9 @@ def require_shape(x: Tensor, name: str, *shape: int | None) -> None:
 
 def require_activations(x: Activations, k: int, name: str) -> None:
     """Refuse activations whose width is not `k` or whose parts do not belong together."""
-    require(x.q.ndim == 3 and x.q.dtype == torch.int8, f"{name}: q must be i8 [S, T, K], got {x.q.dtype} {list(x.q.shape)}")
+    require(
+        x.q.ndim == 3 and x.q.dtype == torch.int8, f"{name}: q must be i8 [S, T, K], got {x.q.dtype} {list(x.q.shape)}"
+    )
     require(x.q.shape[0] in (1, 2), f"{name}: 1 or 2 slices, got {x.q.shape[0]}")
     require(x.q.shape[2] == k, f"{name}: activations of width {x.q.shape[2]} meet weights of width {k}")
     require_f32(x.scale, f"{name}: scale", x.q.shape[1], k // BLOCK)

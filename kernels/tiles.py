@@ -18,7 +18,7 @@ class MatmulTile(NamedTuple):
 
 
 class AttentionTile(NamedTuple):
-    """One program takes `queries` tokens of a kv head against `keys` keys at a time; the keys are cut in `split` parts."""
+    """One program takes `queries` tokens of a kv head against `keys` keys at a time, of one of `split` parts."""
 
     queries: int
     keys: int
@@ -74,7 +74,7 @@ def router(tokens: int, experts: int) -> tuple[int, int]:
 
 def dispatch(rows: int) -> int:
     """Routed rows a dispatch program scans at a time."""
-    return min(max(triton.next_power_of_2(rows), 16), 1024)
+    return int(min(max(triton.next_power_of_2(rows), 16), 1024))
 
 
 def elementwise(elements: int) -> int:

@@ -1,4 +1,4 @@
-"""The KV cache of one sequence: integers with a scale a (token, kv head), for every layer, and the rope table beside it."""
+"""The KV cache of one sequence: integers with a scale a (token, kv head) for every layer, and the rope table."""
 
 from dataclasses import dataclass
 

@@ -57,13 +57,18 @@ def _attention(model: Model, layer: Layer, cache: KVCache, i: int, x: Tensor) ->
 
 
 def check_tokens(model: Model, cache: KVCache, tokens: Sequence[int] | Tensor) -> Tensor:
-    """Tokens as i32 [T] on the model's device; refuses none, ids outside the vocabulary, and more than the cache holds."""
+    """Tokens as i32 [T] on the model's device; refuses none, ids outside the vocabulary, more than the cache holds."""
     V = model.config.vocab
     require(len(tokens) > 0, "no token to run")
     room = cache.capacity - cache.length
-    require(len(tokens) <= room, f"{len(tokens)} tokens do not fit the cache: {room} of {cache.capacity} positions left")
+    require(
+        len(tokens) <= room, f"{len(tokens)} tokens do not fit the cache: {room} of {cache.capacity} positions left"
+    )
     if isinstance(tokens, Tensor):
-        require(tokens.dtype == torch.int32 and tokens.ndim == 1, f"tokens must be i32 [T], got {tokens.dtype} {list(tokens.shape)}")
+        require(
+            tokens.dtype == torch.int32 and tokens.ndim == 1,
+            f"tokens must be i32 [T], got {tokens.dtype} {list(tokens.shape)}",
+        )
         return tokens.to(model.device)
     bad = next((t for t in tokens if not 0 <= t < V), None)
     require(bad is None, f"token id {bad} is outside the vocabulary of {V}")

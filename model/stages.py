@@ -1,4 +1,4 @@
-"""The stages of a forward pass, by name and in the order they happen. Names are an interface: never renamed or removed."""
+"""The stages of a forward pass, by name and in the order they happen. Names are an interface: none is ever renamed."""
 
 from typing import NamedTuple
 
