@@ -120,6 +120,12 @@ def blocks(rng: Generator, rows: tuple[int, ...], k: int, fmt: str, data: str) -
             raw[:] = 0xFF
             if fmt == "Q6_K":
                 raw[..., :192], raw[..., 192:208] = 0, 0x80
+        case "heavy":  # near the largest sums, and odd: beyond 2^24 the one rounding of a sum shows
+            if fmt == "Q4_K":
+                raw[..., 4:16], raw[..., 16:] = 0xFF, raw[..., 16:] | 0xCC
+            else:
+                raw[..., :128], raw[..., 128:192] = raw[..., :128] & 0x77, 0
+                raw[..., 192:208] = 0x80 | (raw[..., 192:208] & 0x1F)
         case "zero":  # blocks with d = 0, and blocks with d = -0 or no codes
             d[..., 0][rng.random(shape) < 0.5] = 0
             d[..., 0][rng.random(shape) < 0.2] = -0.0
@@ -142,19 +148,16 @@ def blocks(rng: Generator, rows: tuple[int, ...], k: int, fmt: str, data: str) -
 def activations(rng: Generator, t: int, k: int, profile: str, data: str) -> Activations:
     """Quantised rows; `worst` puts every slice at its bound, `nonfinite` gives some blocks the NaN scale."""
     slices = PROFILES.index(profile) + 1
+    top = 127 if slices == 1 else 16256
+    v = rng.integers(-top, top + 1, (t, k))
+    if data == "worst":
+        v = np.where(v < 0, -top, top)  # one row of mixed signs, the others without cancellation
+        v[1:] = np.array([top, -top, top - 64])[np.arange(1, t) % 3][:, None]
+    if data == "heavy":
+        v = np.abs(v) // 8 + 7 * top // 8
     if slices == 1:
-        v = rng.integers(-127, 128, (t, k))
-        if data == "worst":
-            v = np.where(
-                np.arange(t)[:, None] % 3 == 2,
-                rng.choice([-127, 127], (t, k)),
-                127 * (1 - 2 * (np.arange(t)[:, None] % 2)),
-            )
         q = v[None]
     else:
-        v = rng.integers(-16256, 16257, (t, k))
-        if data == "worst":
-            v = np.broadcast_to(np.array([16256, -16256, 16192])[np.arange(t) % 3][:, None], (t, k))
         hi = (v + 64) >> 7
         q = np.stack([hi, v - 128 * hi])
     scale = np.exp2(rng.uniform(-12, 0, (t, k // 256))).astype(np.float32)
@@ -171,7 +174,7 @@ def activations(rng: Generator, t: int, k: int, profile: str, data: str) -> Acti
 
 def assignments(rng: Generator, t: int, a: int, e: int, load: str) -> NDArray[np.int32]:
     """Distinct experts [T, A] of each token, under one kind of load."""
-    popularity: NDArray[np.float64] = np.zeros(e)
+    popularity: NDArray[Any] = np.zeros(e)
     match load:
         case "even":
             pass
@@ -645,7 +648,7 @@ def _matmul_cases() -> Iterator[Case]:
         yield Matmul(4096, 1, 256, fmt, profile)
         for N, K in [(1, 512), (100, 1024), (257, 512), (768, 256), (48, 2048)]:
             yield Matmul(3, N, K, fmt, profile)
-        for data in ("worst", "zero", "subnormal", "nonfinite"):
+        for data in ("worst", "heavy", "zero", "subnormal", "nonfinite"):
             yield Matmul(7, 48, 512, fmt, profile, data)
         yield Matmul(4096, 257, 2048, fmt, profile)
         yield Matmul(512, 4096, 2048, fmt, profile, "worst")
