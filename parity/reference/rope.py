@@ -17,6 +17,10 @@ class RopeTable(NamedTuple):
     cos: F32  # [P, C/2]
     sin: F32  # [P, C/2]
 
+    def digest(self) -> str:
+        """sha256 of the table's bytes, little-endian, cos then sin."""
+        return hashlib.sha256(b"".join(part.astype("<f4").tobytes() for part in self)).hexdigest()
+
 
 @functools.lru_cache(maxsize=4)
 def rope_table(n_positions: int, head_dim: int, base: float) -> RopeTable:
@@ -30,11 +34,6 @@ def rope_table(n_positions: int, head_dim: int, base: float) -> RopeTable:
     for part in table:
         part.flags.writeable = False  # one table serves every cache of its size
     return table
-
-
-def rope_table_digest(table: RopeTable) -> str:
-    """sha256 of the table's bytes, little-endian, cos then sin."""
-    return hashlib.sha256(b"".join(part.astype("<f4").tobytes() for part in table)).hexdigest()
 
 
 @quiet
