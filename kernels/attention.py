@@ -92,7 +92,7 @@ def _load_queries(
     q_ptr, start, T,
     H: tl.constexpr, C: tl.constexpr, C2: tl.constexpr, PER: tl.constexpr, M: tl.constexpr, Q: tl.constexpr,
 ):  # fmt: skip
-    """This program's query rows [M, C2] as integers in f64; their score factor, position, flat row and mask, [M] each."""
+    """Query rows [M, C2] of this program as integers in f64; their score factor, position, flat row, mask: [M] each."""
     i = tl.arange(0, M)
     t = tl.program_id(0) * Q + i // PER
     h = tl.program_id(1) * PER + i % PER
