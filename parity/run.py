@@ -30,8 +30,8 @@ PREFILL = "prefill"
 CHUNK = 7  # of the chunked schedule: divides no power of two, so chunks never fall on tile borders
 
 # What the schedules cover in the interpreter, where a token alone costs seconds; on a GPU they cover everything.
-_BOUNDED_CHUNKED = 16
-_BOUNDED_SINGLE = 4
+_BOUNDED_CHUNKED = 10
+_BOUNDED_SINGLE = 3
 
 Progress = Callable[[str], None]
 

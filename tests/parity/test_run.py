@@ -387,7 +387,7 @@ def test_a_bounded_schedule_says_how_much_of_the_prompt_it_covers():
     text = report(
         compare_sides(FakeSide("reference"), FakeSide("triton"), 1, range(9), 1, plan_schedules(9, 1, bounded=True))
     )
-    assert "the first 4 of 9 positions, 4 chunks" in text
+    assert "the first 3 of 9 positions, 3 chunks" in text
 
 
 def test_the_prompt_goes_through_in_one_chunk_and_each_step_feeds_the_reference_choice():
