@@ -49,7 +49,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "large": {
         "rows_of_blocks": 16, "norm_rows": 4, "heads": 16, "elementwise": 2048, "dispatch": 1024, "router": (16, 64),
         "route": 4, "matmul": MatmulTile(64, 128, 8), "grouped_matmul": MatmulTile(64, 32, 8),
-        "attention": AttentionTile(4, 64, 1, 8),
+        "attention": AttentionTile(4, 32, 1, 8),
     },
 }  # fmt: skip
 
