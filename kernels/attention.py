@@ -83,7 +83,7 @@ def _meta(H: int, G: int, C: int, tile: tiles.AttentionTile) -> dict[str, object
     per = H // G
     return dict(
         H=H, G=G, C=C, C2=max(16, triton.next_power_of_2(C)), PER=per, Q=tile.queries, BK=tile.keys,
-        M=max(16, tile.queries * triton.next_power_of_2(per)), num_warps=tile.warps, **FAITHFUL,
+        M=max(16, triton.next_power_of_2(tile.queries * per)), num_warps=tile.warps, **FAITHFUL,
     )  # fmt: skip
 
 

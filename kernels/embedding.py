@@ -41,7 +41,9 @@ def _embed_kernel(
 ):
     b = tl.program_id(0) * M + tl.arange(0, M)
     live = b < blocks
-    block_ptr = w_ptr + (tl.load(token_ptr + b // NB, live, 0).to(tl.int64) * NB + b % NB) * BYTES
+    # Row and block are scaled apart: of (token*NB + b%NB) * 210 the compiler takes too large an alignment for granted.
+    row_ptr = w_ptr + tl.load(token_ptr + b // NB, live, 0).to(tl.int64) * (NB * BYTES)
+    block_ptr = row_ptr + (b % NB) * BYTES
     out = out_ptr + b.to(tl.int64)[:, None, None] * 256
     if FORMAT == _Q4_K:
         low, high = load_codes_q4_k(block_ptr, live)
