@@ -8,6 +8,7 @@ import torch
 from exactmoe.cli import options
 from exactmoe.cli.commands import parity as command
 from exactmoe.model import stages
+from exactmoe.parity.run import Schedule
 
 TOKENS = "5,300,7"
 N_STAGES = len(stages.keys(2))
@@ -15,6 +16,12 @@ N_STAGES = len(stages.keys(2))
 
 def run(exactmoe, model_file, *arguments, tokens=TOKENS, steps=1):
     return exactmoe("parity", model_file, "--tokens", tokens, "--steps", steps, *arguments)
+
+
+@pytest.fixture
+def brief(monkeypatch):
+    """One schedule of one token, for tests of something else: most of a small run's time goes to schedules."""
+    monkeypatch.setattr("exactmoe.parity.run.plan_schedules", lambda *_, **__: (Schedule("one token", 1, 1),))
 
 
 def edited(monkeypatch, target, change):
@@ -47,6 +54,7 @@ def test_the_kernels_equal_the_reference_in_every_stage_of_every_layer(exactmoe,
     assert all(s["differing"] == 0 for s in found["stages"])
 
 
+@pytest.mark.usefixtures("brief")
 def test_the_same_command_gives_the_same_digest_and_json_on_stdout_leaves_the_report_to_stderr(exactmoe, model_file):
     outcomes = [run(exactmoe, model_file, "--json", "-", tokens="1,2") for _ in range(2)]
     found = [json.loads(o.out) for o in outcomes]
@@ -64,6 +72,7 @@ def test_the_same_command_gives_the_same_digest_and_json_on_stdout_leaves_the_re
         ("exactmoe.model.traced.router_logits", "moe_router_logits", (1, 3)),
     ],
 )
+@pytest.mark.usefixtures("brief")
 def test_one_bit_of_one_op_on_one_side_gives_1_and_its_place(exactmoe, model_file, monkeypatch, target, stage, at):
     calls = []
 
@@ -84,6 +93,7 @@ def test_one_bit_of_one_op_on_one_side_gives_1_and_its_place(exactmoe, model_fil
     assert f"first in {stage}, layer 1, prefill" in last
 
 
+@pytest.mark.usefixtures("brief")
 def test_a_kernel_that_is_wrong_in_production_only_gives_1(exactmoe, model_file, monkeypatch):
     edited(monkeypatch, "exactmoe.model.forward.attend", lambda out: out * 1.5)
     outcome = run(exactmoe, model_file)
@@ -91,6 +101,7 @@ def test_a_kernel_that_is_wrong_in_production_only_gives_1(exactmoe, model_file,
     assert "first difference in triton: production = traced, prefill: " in outcome.out
 
 
+@pytest.mark.usefixtures("brief")
 def test_a_stage_that_is_not_emitted_gives_1(exactmoe, model_file, monkeypatch):
     def forget(traced):
         del traced.stages["moe_router_indices", 1]
@@ -103,6 +114,7 @@ def test_a_stage_that_is_not_emitted_gives_1(exactmoe, model_file, monkeypatch):
     assert f"{N_STAGES} stages requested; emitted by reference {N_STAGES}, by triton {N_STAGES - 1}" in outcome.out
 
 
+@pytest.mark.usefixtures("brief")
 def test_stages_without_elements_give_1(exactmoe, model_file, monkeypatch):
     for side in ("exactmoe.model.traced", "exactmoe.parity.reference.traced"):
         edited(
@@ -117,6 +129,7 @@ def test_stages_without_elements_give_1(exactmoe, model_file, monkeypatch):
     )
 
 
+@pytest.mark.usefixtures("brief")
 def test_a_text_is_cut_to_the_positions_asked_for(exactmoe, model_file, tmp_path):
     text = tmp_path / "text.py"
     text.write_text("import os\n")
