@@ -40,14 +40,17 @@ class Network(nn.Module):
     """A Qwen3-MoE with trainable weights.
 
     `compute` is the dtype of the matrix products; router, norms and residual stream keep that of the parameters.
-    `experts` is how the experts are run: "grouped" (sorted rows, one grouped product) or "dense" (all, masked)."""
+    `experts` is how the experts are run: "grouped" (sorted rows, one grouped product) or "dense" (all, masked).
+    `noise` is the width of uniform noise on the inputs of the quantised products, in steps of their 8-bit rounding."""
 
-    def __init__(self, dims: Dims, compute: torch.dtype = torch.float32, experts: str = "dense") -> None:
+    def __init__(
+        self, dims: Dims, compute: torch.dtype = torch.float32, experts: str = "dense", noise: float = 0.0
+    ) -> None:
         super().__init__()
         require(experts in ("grouped", "dense"), f"experts must be 'grouped' or 'dense', got {experts!r}")
-        self.dims, self.compute = dims, compute
+        self.dims, self.compute, self.noise = dims, compute, noise
         self.token_embd = _Weight(dims.vocab, dims.hidden)
-        self.blk = nn.ModuleList(_Block(dims, compute, experts) for _ in range(dims.n_layers))
+        self.blk = nn.ModuleList(_Block(dims, compute, experts, noise) for _ in range(dims.n_layers))
         self.output_norm = _Norm(dims.hidden, dims.eps)
         self.output = _Weight(dims.vocab, dims.hidden)
         cos, sin = _rope_tables(dims)
@@ -81,7 +84,7 @@ class Network(nn.Module):
             x, block_balance, block_load = block(x, cos, sin)
             balance.append(block_balance)
             load.append(block_load)
-        logits = _linear(self.output_norm(x), self.output.weight, self.compute)
+        logits = _linear(_noisy(self.output_norm(x), self.noise), self.output.weight, self.compute)
         logits = logits if logits.dtype == torch.float64 else logits.float()
         return logits, torch.stack(balance).mean(), torch.stack(load)
 
@@ -109,10 +112,10 @@ class _Norm(nn.Module):
 
 
 class _Block(nn.Module):
-    def __init__(self, dims: Dims, compute: torch.dtype, experts: str) -> None:
+    def __init__(self, dims: Dims, compute: torch.dtype, experts: str, noise: float) -> None:
         super().__init__()
         D, F, E = dims.hidden, dims.expert_width, dims.n_experts
-        self.dims, self.compute, self.experts = dims, compute, experts
+        self.dims, self.compute, self.experts, self.noise = dims, compute, experts, noise
         self.attn_norm = _Norm(D, dims.eps)
         self.attn_q = _Weight(dims.n_heads * dims.head_dim, D)
         self.attn_k = _Weight(dims.n_kv_heads * dims.head_dim, D)
@@ -133,13 +136,16 @@ class _Block(nn.Module):
 
     def _attention(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         N, S, _ = x.shape
+        x = _noisy(x, self.noise)
         q = _linear(x, self.attn_q.weight, self.compute).view(N, S, -1, self.dims.head_dim).transpose(1, 2)
         k = _linear(x, self.attn_k.weight, self.compute).view(N, S, -1, self.dims.head_dim).transpose(1, 2)
         v = _linear(x, self.attn_v.weight, self.compute).view(N, S, -1, self.dims.head_dim).transpose(1, 2)
         q = _rotate(self.attn_q_norm(q.to(x.dtype)), cos, sin).to(self.compute)
         k = _rotate(self.attn_k_norm(k.to(x.dtype)), cos, sin).to(self.compute)
         y = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # [N, H, S, C]
-        return _linear(y.transpose(1, 2).flatten(2), self.attn_output.weight, self.compute).to(x.dtype)
+        return _linear(_noisy(y.transpose(1, 2).flatten(2), self.noise), self.attn_output.weight, self.compute).to(
+            x.dtype
+        )
 
     def _moe(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         E, A = self.dims.n_experts, self.dims.n_active
@@ -150,7 +156,7 @@ class _Block(nn.Module):
         # Switch Transformers (arXiv 2101.03961), eq. 4: one when the load is even.
         balance = E * (load.detach() * probability.mean(0)).sum()
         run = self._grouped if self.experts == "grouped" else self._dense
-        return run(x, weight, expert).to(x.dtype), balance, load
+        return run(_noisy(x, self.noise), weight, expert).to(x.dtype), balance, load
 
     def _grouped(self, x: Tensor, weight: Tensor, expert: Tensor) -> Tensor:
         A = self.dims.n_active
@@ -163,7 +169,9 @@ class _Block(nn.Module):
         gate_up = torch.cat((self.ffn_gate_exps.weight, self.ffn_up_exps.weight), 1).to(self.compute)
         gate, up = functional.grouped_mm(rows, gate_up.transpose(1, 2), offs=end).chunk(2, -1)
         y = functional.grouped_mm(
-            functional.silu(gate) * up, self.ffn_down_exps.weight.to(self.compute).transpose(1, 2), offs=end
+            _noisy(functional.silu(gate) * up, self.noise),
+            self.ffn_down_exps.weight.to(self.compute).transpose(1, 2),
+            offs=end,
         )
         y = _permute(y, inverse, order).view(*weight.shape, -1)  # [T, A, D]
         return (y * weight[..., None]).sum(1)
@@ -175,7 +183,7 @@ class _Block(nn.Module):
         rows = x.to(self.compute)
         gate = torch.einsum("td,efd->etf", rows, self.ffn_gate_exps.weight.to(self.compute))
         up = torch.einsum("td,efd->etf", rows, self.ffn_up_exps.weight.to(self.compute))
-        hidden = functional.silu(gate) * up * mixture.t()[..., None].to(self.compute)
+        hidden = _noisy(functional.silu(gate) * up, self.noise) * mixture.t()[..., None].to(self.compute)
         return torch.einsum("etf,edf->td", hidden, self.ffn_down_exps.weight.to(self.compute))
 
 
@@ -199,6 +207,15 @@ def _permute(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
 
 def _linear(x: Tensor, weight: Tensor, compute: torch.dtype) -> Tensor:
     return functional.linear(x.to(compute), weight.to(compute))
+
+
+def _noisy(x: Tensor, noise: float) -> Tensor:
+    """x with uniform noise `noise` rounding steps wide; a step is 1/127 of the largest magnitude of 256 elements."""
+    if not noise:
+        return x
+    blocks = x.reshape(*x.shape[:-1], -1, 256)
+    step = blocks.detach().abs().amax(-1, keepdim=True) / 127
+    return (blocks + (torch.rand_like(blocks) - 0.5) * (noise * step)).view(x.shape)
 
 
 def _rope_tables(dims: Dims) -> tuple[Tensor, Tensor]:

@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 
     data = torch.from_numpy(stream.view(np.int16)).to(device)  # ids stay below 2^15
     windows = torch.from_numpy(held_out.astype(np.int64)).to(device)
-    network = Network(dims, torch.bfloat16)
+    network = Network(dims, torch.bfloat16, noise=args.noise)
     network.initialise(args.seed)
     network.to(device)
     step, how = _pick_step(network, data, args, began)
@@ -96,6 +96,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--span", type=int, default=1024, help="tokens a window")
     parser.add_argument("--windows", type=int, default=64, help="held-out windows of 512 tokens")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument("--noise", type=float, default=8.0, help="width of activation noise, in 8-bit rounding steps")
     parser.add_argument("--balance", type=float, default=0.01, help="weight of the router's load-balancing loss")
     parser.add_argument("--max-bytes", type=int, default=180_000_000, help="most bytes of text to read")
     parser.add_argument("--package-bytes", type=int, default=12_000_000, help="most bytes of one package")
@@ -164,7 +165,7 @@ def _pick_step(network: Network, data: Tensor, args: argparse.Namespace, began: 
         except Exception as error:  # any failure of a fast path only removes it from the choice
             network.zero_grad(set_to_none=True)
             _say(began, f"{name}: not usable: {type(error).__name__}: {str(error)[:300]}")
-    agreed = [f for f in found if abs(f[1] - found[0][1]) < 0.01]
+    agreed = [f for f in found if abs(f[1] - found[0][1]) < 0.02]
     _, _, name, experts, fastest = min(agreed, key=lambda f: f[0])
     network.set_experts(experts)
     return fastest, name
