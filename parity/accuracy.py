@@ -62,6 +62,7 @@ class Accuracy(NamedTuple):
     gap: F64  # [T] exact largest logit minus the second largest
     same_token: npt.NDArray[np.bool_]  # [T] whether both choose the same next token
     alike: npt.NDArray[np.bool_]  # [T] whether both chose the same experts in every layer
+    unreached: npt.NDArray[np.bool_]  # [T] alike, and no flip of an earlier position reaches it through keys and values
     flips: tuple[Flip, ...]
 
     @property
@@ -121,6 +122,7 @@ def measure(file: GGUFFile, tokens: Sequence[int], profile: str, exact: ExactPas
         gap=first - second,
         same_token=ours.argmax(axis=1) == exact.logits.argmax(axis=1),
         alike=~differs.any(axis=0),
+        unreached=~(differs.any(axis=0) | np.logical_or.accumulate(differs[:-1].any(axis=0))),
         flips=flips,
     )
 
@@ -134,12 +136,12 @@ def cosine(a: F64, b: F64) -> F64:
 def describe(result: Accuracy) -> str:
     """The result in lines of text, every flip among them."""
     T, worst = len(result.cosine), int(np.argmin(result.cosine))
-    alike, decided = result.cosine[result.alike], result.decided
+    decided = result.decided
     lines = [
         f"{result.profile}: {T} positions",
         f"  cosine      median {np.median(result.cosine):.9f}, worst {result.cosine[worst]:.9f} at position {worst}",
-        f"  same experts in every layer at {alike.size}/{T} positions"
-        + (f", worst cosine there {alike.min():.9f}" if alike.size else ""),
+        f"  same experts in every layer at {_worst_where(result, result.alike)}",
+        f"  and no earlier flip within reach at {_worst_where(result, result.unreached)}",
         f"  logit error largest {result.error.max():.6f}, median {np.median(result.error):.6f}",
         f"  next token  same at {int(result.same_token.sum())}/{T} positions, "
         f"at {int((decided & result.same_token).sum())}/{int(decided.sum())} where the gap exceeds the error",
@@ -155,9 +157,17 @@ def describe(result: Accuracy) -> str:
     return "\n".join(lines)
 
 
+def _worst_where(result: Accuracy, where: npt.NDArray[np.bool_]) -> str:
+    chosen = result.cosine[where]
+    counted = f"{chosen.size}/{where.size} positions"
+    return f"{counted}, worst cosine there {chosen.min():.9f}" if chosen.size else counted
+
+
 def as_json(result: Accuracy) -> dict[str, Any]:
     """The result as JSON, arrays by position."""
-    arrays = {name: getattr(result, name).tolist() for name in ("cosine", "error", "gap", "same_token", "alike")}
+    arrays = {
+        name: getattr(result, name).tolist() for name in ("cosine", "error", "gap", "same_token", "alike", "unreached")
+    }
     return {
         "profile": result.profile,
         "median_cosine": float(np.median(result.cosine)),

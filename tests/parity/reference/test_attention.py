@@ -8,7 +8,7 @@ from exactmoe.parity.reference.kv_cache import KVLayer, append
 from exactmoe.parity.reference.numerics import exp
 from exactmoe.parity.reference.quantize import quantize_15
 
-T, H, G, C = 23, 6, 2, 64
+T, H, G, C = 23, 6, 2, 96
 
 
 def layer(capacity, g=G, c=C):

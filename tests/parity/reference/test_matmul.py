@@ -25,15 +25,20 @@ def integers(type_name, block):
     return float(c.d), 0.0, [int(c.scale[j // 16]) * int(c.code[j // 16, j % 16]) for j in range(256)], [0] * 256
 
 
-def in_steps(weight, x, t, n, split=sum):
-    """One output: sums by Python's integers, in the order of `split`, then the contract's operations one at a time."""
+def in_steps(weight, x, t, n, split=sum, at_once=False):
+    """One output: sums by Python's integers, in the order of `split`, then the contract's operations one at a time.
+
+    `at_once` is not the contract: it joins the slices before they are rounded."""
     size, y = BLOCK_BYTES[weight.type_name], 0.0
     for i in range(x.scale.shape[1]):
         d, dmin, s, m = integers(weight.type_name, weight.data[n, i * size : (i + 1) * size])
         slices = [[int(v) for v in q] for q in x.q[:, t, i * 256 : (i + 1) * 256]]
 
         def joined(w, slices=slices):
-            sums = [f32(split([a * b for a, b in zip(w, q, strict=True)])) for q in slices]
+            sums = [split([a * b for a, b in zip(w, q, strict=True)]) for q in slices]
+            if at_once:
+                return f32(128 * sums[0] + sums[1])
+            sums = [f32(s) for s in sums]
             return sums[0] if len(sums) == 1 else f32(f32(128 * sums[0]) + sums[1])
 
         product = f32(d * joined(s))
@@ -86,6 +91,20 @@ def test_the_largest_sums_are_exact(type_name, profile, same):
     assert set(s) == {top}
     assert top * 127 * 256 > 2**24  # beyond what a binary32 accumulator holds
     same(matmul(weight, x), in_steps_all(weight, x))
+
+
+@pytest.mark.parametrize("type_name", BLOCK_BYTES)
+def test_sums_beyond_24_bits_are_rounded_slice_by_slice(type_name, rng, same):
+    weight, _ = worst(type_name, "q16_k", [1])
+    for block in weight.data.reshape(2, -1):
+        if type_name == "Q6_K":
+            block[192:208] = 0x81  # scales of -127: of -128, sums would be multiples of 128 and fit
+        codes = slice(16, 144) if type_name == "Q4_K" else slice(0, 128)
+        block[codes] ^= rng.integers(0, 2, 128).astype(np.uint8)
+    x = quantize(rng.uniform(0.97, 1, (40, 512)).astype(np.float32), "q16_k")
+    found = matmul(weight, x)
+    same(found, in_steps_all(weight, x))
+    assert (found != in_steps_all(weight, x, at_once=True)).any()  # the data tells the two apart
 
 
 @pytest.mark.parametrize("profile", PROFILES)

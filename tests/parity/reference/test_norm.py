@@ -35,11 +35,12 @@ def rows(rng, t, k, size=1.0):
     return (rng.standard_normal((t, k)) * size).astype(np.float32), rng.standard_normal(k).astype(np.float32)
 
 
-@pytest.mark.parametrize("size", [1.0, 1e-3, 1e-20, 1e-34, 1e-41, 1e15])
-def test_norm_follows_the_formula_step_by_step(size, rng, same):
+@pytest.mark.parametrize("eps", [EPS, np.float32(1e-38)], ids=str)
+@pytest.mark.parametrize("size", [1.0, 1e-3, 1e-18, 1e-20, 1e-34, 1e-41, 1e15])
+def test_norm_follows_the_formula_step_by_step(size, eps, rng, same):
     x, weight = rows(rng, 6, 300, size)
     x[3, 7] *= np.float32(1000)
-    same(rms_norm(x, weight, EPS), in_steps(x, weight, EPS))
+    same(rms_norm(x, weight, eps), in_steps(x, weight, eps))
 
 
 def test_any_order_of_the_sum_gives_the_same_bits(rng, same):
