@@ -33,8 +33,7 @@ def matmul(weight: QuantMatrix, x: Activations, tile: tiles.MatmulTile | None = 
     y = torch.empty(T, weight.n, dtype=torch.float32, device=x.q.device)
     if T and weight.n:
         tile = tile or tiles.matmul(T)
-        grid = (triton.cdiv(T, tile.rows), triton.cdiv(weight.n, tile.cols))
-        _launch(grid, weight, x, None, y, T, 1, tile)
+        _launch(triton.cdiv(T, tile.rows), weight, x, None, y, T, 1, tile)
     return y
 
 
@@ -62,13 +61,13 @@ def grouped_matmul(
     y = torch.empty(R, weight.n, dtype=torch.float32, device=x.q.device)
     if R and weight.n:
         tile = tile or tiles.grouped_matmul(R, E)
-        grid = (R // tile.rows + min(E, R), triton.cdiv(weight.n, tile.cols))  # at most this many tiles hold a row
-        _launch(grid, weight, x, dispatch, y, R, rows_per_activation, tile)
+        row_tiles = R // tile.rows + min(E, R)  # at most this many tiles hold a row
+        _launch(row_tiles, weight, x, dispatch, y, R, rows_per_activation, tile)
     return y
 
 
 def _launch(
-    grid: tuple[int, int],
+    row_tiles: int,
     weight: QuantMatrix,
     x: Activations,
     dispatch: Dispatch | None,
@@ -77,13 +76,16 @@ def _launch(
     rows_per_activation: int,
     tile: tiles.MatmulTile,
 ) -> None:
+    E = weight.data.shape[0] if dispatch else 0
+    cols = min(tile.cols, max(16, triton.next_power_of_2(weight.n)))
+    grid = (row_tiles, triton.cdiv(weight.n, cols))
     _matmul_kernel[grid](
         weight.data, x.q, x.scale, x.group_sum, y,
         dispatch.order if dispatch else None, dispatch.offset if dispatch else None,
         rows, x.q.shape[1], N=weight.n, NB=weight.k // BLOCK,
         BYTES=weight.format.block_bytes, FORMAT=weight.format.ggml_id,
-        E=weight.data.shape[0] if dispatch else 0, E2=triton.next_power_of_2(weight.data.shape[0]) if dispatch else 0,
-        PER=rows_per_activation, S=x.q.shape[0], BM=tile.rows, BN=tile.cols, num_warps=tile.warps, **FAITHFUL,
+        E=E, E2=triton.next_power_of_2(E) if E else 0, PER=rows_per_activation, S=x.q.shape[0],
+        BM=tile.rows, BN=cols, num_warps=tile.warps, **FAITHFUL,
     )  # fmt: skip
 
 

@@ -41,10 +41,11 @@ class Network(nn.Module):
 
     `compute` is the dtype of the matrix products; router, norms and residual stream keep that of the parameters.
     `experts` is how the experts are run: "grouped" (sorted rows, one grouped product) or "dense" (all, masked).
-    `noise` is the width of uniform noise on the inputs of the quantised products, in steps of their 8-bit rounding."""
+    `noise`, if given, is a scalar that may change while training: the width of uniform noise on the inputs of the
+    quantised products, in steps of their 8-bit rounding."""
 
     def __init__(
-        self, dims: Dims, compute: torch.dtype = torch.float32, experts: str = "dense", noise: float = 0.0
+        self, dims: Dims, compute: torch.dtype = torch.float32, experts: str = "dense", noise: Tensor | None = None
     ) -> None:
         super().__init__()
         require(experts in ("grouped", "dense"), f"experts must be 'grouped' or 'dense', got {experts!r}")
@@ -112,7 +113,7 @@ class _Norm(nn.Module):
 
 
 class _Block(nn.Module):
-    def __init__(self, dims: Dims, compute: torch.dtype, experts: str, noise: float) -> None:
+    def __init__(self, dims: Dims, compute: torch.dtype, experts: str, noise: Tensor | None) -> None:
         super().__init__()
         D, F, E = dims.hidden, dims.expert_width, dims.n_experts
         self.dims, self.compute, self.experts, self.noise = dims, compute, experts, noise
@@ -209,13 +210,13 @@ def _linear(x: Tensor, weight: Tensor, compute: torch.dtype) -> Tensor:
     return functional.linear(x.to(compute), weight.to(compute))
 
 
-def _noisy(x: Tensor, noise: float) -> Tensor:
+def _noisy(x: Tensor, noise: Tensor | None) -> Tensor:
     """x with uniform noise `noise` rounding steps wide; a step is 1/127 of the largest magnitude of 256 elements."""
-    if not noise:
+    if noise is None:
         return x
     blocks = x.reshape(*x.shape[:-1], -1, 256)
     step = blocks.detach().abs().amax(-1, keepdim=True) / 127
-    return (blocks + (torch.rand_like(blocks) - 0.5) * (noise * step)).view(x.shape)
+    return (blocks + (torch.rand_like(blocks) - 0.5) * (noise.to(x.dtype) * step)).view(x.shape)
 
 
 def _rope_tables(dims: Dims) -> tuple[Tensor, Tensor]:

@@ -51,11 +51,12 @@ def main(argv: list[str] | None = None) -> int:
 
     data = torch.from_numpy(stream.view(np.int16)).to(device)  # ids stay below 2^15
     windows = torch.from_numpy(held_out.astype(np.int64)).to(device)
-    network = Network(dims, torch.bfloat16, noise=args.noise)
+    noise = torch.zeros((), device=device)
+    network = Network(dims, torch.bfloat16, noise=noise)
     network.initialise(args.seed)
     network.to(device)
     step, how = _pick_step(network, data, args, began)
-    log = _train(network, step, data, windows, args, began)
+    log = _train(network, step, noise, data, windows, args, began)
 
     rounded = {name: value.to(torch.bfloat16) for name, value in network.state_dict().items()}
     _save_shards({name: value.cpu().contiguous() for name, value in rounded.items()}, out)
@@ -95,8 +96,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=64, help="windows a step")
     parser.add_argument("--span", type=int, default=1024, help="tokens a window")
     parser.add_argument("--windows", type=int, default=64, help="held-out windows of 512 tokens")
-    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
-    parser.add_argument("--noise", type=float, default=8.0, help="width of activation noise, in 8-bit rounding steps")
+    parser.add_argument("--lr", type=float, default=1.5e-3, help="peak learning rate")
+    parser.add_argument("--noise", type=float, default=6.0, help="final width of activation noise, in 8-bit steps")
     parser.add_argument("--balance", type=float, default=0.01, help="weight of the router's load-balancing loss")
     parser.add_argument("--max-bytes", type=int, default=180_000_000, help="most bytes of text to read")
     parser.add_argument("--package-bytes", type=int, default=12_000_000, help="most bytes of one package")
@@ -172,7 +173,7 @@ def _pick_step(network: Network, data: Tensor, args: argparse.Namespace, began: 
 
 
 def _train(
-    network: Network, step: Step, data: Tensor, windows: Tensor, args: argparse.Namespace, began: float
+    network: Network, step: Step, noise: Tensor, data: Tensor, windows: Tensor, args: argparse.Namespace, began: float
 ) -> dict[str, Any]:
     matrices = [p for p in network.parameters() if p.ndim > 1]
     vectors = [p for p in network.parameters() if p.ndim == 1]
@@ -184,20 +185,25 @@ def _train(
     curve: list[dict[str, float]] = []
     start = time.monotonic()
     steps, every, told = 0, 50, 0.0
-    seen = torch.zeros(2, device=data.device)
+    seen = torch.zeros(3, device=data.device)  # loss and balance of good steps, and how many were good
     while (elapsed := time.monotonic() - start) < budget:
         rate = args.lr * _schedule(steps, elapsed / budget)
         for group in optimiser.param_groups:
             group["lr"] = rate
+        # Noise comes in as the rate goes down: at full rate it makes training diverge.
+        noise.fill_(args.noise * min(1.0, max(0.0, (elapsed / budget - 0.25) / 0.4)))
         loss, balance, _ = step(_batch(data, args))
         (loss + args.balance * balance).backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        good = torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0).isfinite()
+        for p in network.parameters():
+            if p.grad is not None:  # a step whose gradient is not finite does nothing
+                p.grad.copy_(torch.where(good, p.grad, 0.0))
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
-        seen += torch.stack((loss.detach(), balance.detach()))
+        seen += torch.where(good, torch.stack((loss.detach(), balance.detach(), torch.ones_like(balance))), 0.0)
         steps += 1
         if steps % every == 0:
-            mean = (seen / every).tolist()  # the only wait for the GPU, so the clock stays honest
+            mean = (seen / seen[2]).tolist()  # the only wait for the GPU, so the clock stays honest
             seen.zero_()
             if not math.isfinite(mean[0]):
                 raise FloatingPointError(f"training loss is {mean[0]} at step {steps}")
