@@ -4,10 +4,19 @@ import numpy as np
 import pytest
 
 from exactmoe.model import stages
+from exactmoe.parity.reference.attention import attend, attention_scores, attention_softmax
+from exactmoe.parity.reference.combine import combine
+from exactmoe.parity.reference.embedding import embed
 from exactmoe.parity.reference.forward import forward
 from exactmoe.parity.reference.kv_cache import KVCache
-from exactmoe.parity.reference.quantize import PROFILES
+from exactmoe.parity.reference.matmul import matmul
+from exactmoe.parity.reference.norm import rms_norm
+from exactmoe.parity.reference.quantize import PROFILES, quantize, quantize_15
+from exactmoe.parity.reference.rope import qk_norm_rope
+from exactmoe.parity.reference.router import prepare_router, route, router_logits
+from exactmoe.parity.reference.swiglu import swiglu
 from exactmoe.parity.reference.traced import forward_traced
+from exactmoe.parity.reference.weights import QuantMatrix
 
 ARRAYS = ("k", "k_scale", "v", "v_scale")
 TOKENS = [5, 95, 0, 17, 17, 42, 61, 2, 88, 30, 7, 7, 51]
@@ -88,11 +97,46 @@ def test_every_stage_is_named_once_and_has_its_shape(weights, profile):
         assert value.dtype == (np.int32 if name == "moe_router_indices" else np.float32), (name, layer)
 
 
-def test_the_stages_of_a_layer_follow_from_each_other(weights, same):
-    found = forward_traced(weights, KVCache.allocate(weights.dims, 13), TOKENS, "q8_k").stages
-    same(found["embedding", -1] + found["attn_out", 0], found["post_attn_residual", 0])
-    same(found["post_attn_residual", 1] + found["moe_ffn_out", 1], found["post_ffn_residual", 1])
-    assert found["attn_softmax", 2].astype(np.float64).sum(axis=-1) == pytest.approx(1, abs=1e-5)
+def test_every_stage_follows_from_those_before_it(weights, profile, same):
+    d, eps = weights.dims, weights.dims.eps
+    cache = KVCache.allocate(d, 13)
+    found = forward_traced(weights, cache, TOKENS, profile).stages
+    same(found["embedding", -1], embed(weights.embedding, np.array(TOKENS, np.int32)))
+    x = found["embedding", -1]
+    for i, layer in enumerate(weights.layers):
+        at = {name: value for (name, j), value in found.items() if j == i}
+        same(at["attn_norm"], rms_norm(x, layer.attn_norm, eps))
+        n = quantize(at["attn_norm"], profile)
+        for name in ("q", "k", "v"):
+            same(at[name], matmul(getattr(layer, name), n))
+        same(at["q_post_rope"], qk_norm_rope(at["q"], layer.q_norm, eps, cache.rope, 0))
+        same(at["k_post_rope"], qk_norm_rope(at["k"], layer.k_norm, eps, cache.rope, 0))
+        q, kv = at["q_post_rope"], cache.layer(i)
+        same(kv.k, quantize_15(at["k_post_rope"]).v.astype(np.int16))
+        same(at["attn_scores"], attention_scores(q, kv, 0))
+        same(at["attn_softmax"], attention_softmax(q, kv, 0))
+        same(at["attention"], attend(q, kv, 0))
+        same(at["attn_out"], matmul(layer.attn_output, quantize(at["attention"], profile)))
+        same(at["post_attn_residual"], x + at["attn_out"])
+        same(at["ffn_norm"], rms_norm(at["post_attn_residual"], layer.ffn_norm, eps))
+        same(at["moe_router_logits"], router_logits(at["ffn_norm"], prepare_router(layer.router)))
+        weight, expert = route(at["moe_router_logits"], d.n_active)
+        same(at["moe_router"], weight)
+        same(at["moe_router_indices"], expert)
+        for t, k in np.ndindex(*expert.shape):
+            gate, up, down = (
+                QuantMatrix(m.data[expert[t, k]], m.type_name) for m in (layer.gate, layer.up, layer.down)
+            )
+            u, h = quantize(at["ffn_norm"][t : t + 1], profile), at["moe_expert_swigl"][t : t + 1, k]
+            same(at["moe_expert_gate"][t : t + 1, k], matmul(gate, u))
+            same(at["moe_expert_up"][t : t + 1, k], matmul(up, u))
+            same(h, swiglu(at["moe_expert_gate"][t : t + 1, k], at["moe_expert_up"][t : t + 1, k]))
+            same(at["moe_expert_out"][t : t + 1, k], matmul(down, quantize(h, profile)))
+        same(at["moe_ffn_out"], combine(at["moe_expert_out"].reshape(-1, d.hidden), weight))
+        x = at["post_attn_residual"] + at["moe_ffn_out"]
+        same(at["post_ffn_residual"], x)
+    same(found["final_norm", -1], rms_norm(x, weights.output_norm, eps))
+    same(found["lm_head", -1], matmul(weights.output, quantize(found["final_norm", -1], profile)))
 
 
 @pytest.mark.parametrize("run_pass", [forward, forward_traced], ids=lambda f: f.__name__)

@@ -114,8 +114,12 @@ WRONG = [
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
 @pytest.mark.parametrize(("said", "change"), WRONG, ids=[f"{i}" for i in range(len(WRONG))])
-def test_what_the_layer_cannot_take_is_refused_in_words(weights, x, form, said, change):
+def test_what_the_layer_cannot_take_is_refused_in_words_before_any_arithmetic(
+    weights, x, form, said, change, monkeypatch
+):
     right = {"x": x, "layer": weights.layers[0], "dims": weights.dims, "profile": "q8_k", "routing": None}
     form(**right)
+    for name in ("prepare_router", "router_logits", "route", "dispatch", "quantize"):
+        monkeypatch.setattr(f"exactmoe.parity.reference.moe.{name}", lambda *_: pytest.fail("too late"))
     with pytest.raises(ValueError, match=said):
         form(**change(right))
