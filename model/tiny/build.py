@@ -154,4 +154,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        raise SystemExit(main())
+    except InvalidInput as error:
+        print(f"build: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    except MissingEnvironment as error:
+        print(f"build: error: {error}", file=sys.stderr)
+        raise SystemExit(3) from error

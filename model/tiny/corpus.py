@@ -27,7 +27,7 @@ PACKAGES = (
     "numpy", "scipy", "sympy", "networkx", "pandas", "scikit-learn", "scikit-image", "statsmodels", "matplotlib",
     "jax", "jaxlib", "flax", "optax", "chex", "equinox", "diffrax", "optimistix", "lineax", "numpyro", "torch",
     "torchvision", "torchaudio", "transformers", "accelerate", "peft", "triton", "pytest", "hypothesis", "setuptools",
-    "pip", "pygments", "rich", "coverage", "cython", "numba", "llvmlite", "cupy-cuda13x", "h5py", "xarray", "seaborn",
+    "pygments", "rich", "coverage", "cython", "numba", "llvmlite", "cupy-cuda13x", "h5py", "xarray", "seaborn",
     "patsy", "formulaic", "joblib", "aiohttp", "click", "jinja2", "werkzeug", "requests", "urllib3", "attrs",
     "sortedcontainers", "mpmath", "fsspec", "gpytorch", "botorch", "linear-operator", "pytorch-lightning",
     "lightning", "torch-geometric", "torchmetrics", "onnx", "onnxscript", "orbax-checkpoint", "tensorboard",
@@ -35,6 +35,7 @@ PACKAGES = (
     "psutil", "absl-py", "markdown", "protobuf", "jaxtyping",
 )
 # fmt: on
+_SKIPPED = {"..", "_vendor", "_vendored", "vendored", "extern", "externals"}  # copies under licences of their own
 _PERMISSIVE = re.compile(r"\b(BSD|MIT|Apache|PSF|Python Software Foundation|ISC|HPND|0BSD)\b", re.IGNORECASE)
 _REFUSED = re.compile(r"\b(A?GPL|LGPL|MPL|Proprietary)", re.IGNORECASE)
 
@@ -155,7 +156,7 @@ def _stdlib_sources() -> Iterator[Source]:
 
 
 def _package_sources(name: str, distribution: importlib.metadata.Distribution) -> Iterator[Source]:
-    files = [f for f in distribution.files or () if f.suffix == ".py" and ".." not in f.parts]
+    files = [f for f in distribution.files or () if f.suffix == ".py" and not _SKIPPED & set(f.parts)]
     for file in sorted(files, key=lambda f: _rank(str(f))):  # hash order, so that a cap takes a fair sample
         text = _read(Path(str(distribution.locate_file(file))))
         if text is not None:

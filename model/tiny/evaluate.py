@@ -97,3 +97,6 @@ if __name__ == "__main__":
     except InvalidInput as error:
         print(f"evaluate: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
+    except MissingEnvironment as error:
+        print(f"evaluate: error: {error}", file=sys.stderr)
+        raise SystemExit(3) from error
