@@ -82,7 +82,17 @@ def test_a_logit_that_is_off_shows_at_its_position(path, exact):
     logits[3, 7] += 5
     found = measure(open_gguf(path), TOKENS, "q16_k", exact._replace(logits=logits))
     assert found.error[3] == pytest.approx(5, abs=0.1)
-    assert (np.flatnonzero(found.cosine != right.cosine) == [3]).all()
+    assert np.flatnonzero(found.cosine != right.cosine).tolist() == [3]
+
+
+def test_another_choice_of_token_shows_at_its_position_with_the_gap_it_had(path, exact):
+    logits = exact.logits.copy()
+    logits[3, 7] = logits[3].max() + 5
+    found = measure(open_gguf(path), TOKENS, "q16_k", exact._replace(logits=logits))
+    assert np.flatnonzero(~found.same_token).tolist() == [3]
+    ranked = np.sort(logits, axis=1)
+    assert found.gap.tolist() == (ranked[:, -1] - ranked[:, -2]).tolist()
+    assert found.gap[3] == pytest.approx(5)
 
 
 def test_a_flip_is_listed_with_its_experts_and_its_margin(path, exact):

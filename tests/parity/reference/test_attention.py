@@ -32,16 +32,19 @@ def f32(x):
     return float(np.float32(x))
 
 
+def scores_in_steps(q, kv, g, keys):
+    """Scores of one head's query, by key."""
+    v, scale = (a[0] for a in quantize_15(q[None]))
+    c = f32(float(scale) * f32(1 / f32(np.sqrt(len(q)))))
+    dots = {s: sum(int(a) * int(b) for a, b in zip(v, kv.k[s, g], strict=True)) for s in keys}
+    return {s: f32(f32(f32(dot) * c) * float(kv.k_scale[s, g])) for s, dot in dots.items()}
+
+
 def query_in_steps(q, kv, g, t, parts):
     """One head's output for the query at position t, its keys cut into `parts`, every sum by Python's integers."""
-    qv, qs = (a[0] for a in quantize_15(q[None]))
-    c = f32(float(qs) * f32(1 / f32(np.sqrt(len(q)))))
     keys = [s for part in parts for s in part]
     assert sorted(keys) == list(range(t + 1))
-    score = {}
-    for s in keys:
-        dot = sum(int(a) * int(b) for a, b in zip(qv, kv.k[s, g], strict=True))
-        score[s] = f32(f32(f32(dot) * c) * float(kv.k_scale[s, g]))
+    score = scores_in_steps(q, kv, g, keys)
     m, w = max(score.values()), max(float(kv.v_scale[s, g]) for s in keys)
     p = {s: float(exp(np.float32([f32(score[s] - m)]))[0]) for s in keys}
     den = f32(sum(sum(round(p[s] * 2**20) for s in part) for part in parts))
@@ -61,6 +64,15 @@ def test_any_cut_of_the_keys_in_any_order_gives_the_same_bits(filled, rng, same)
             order = rng.permutation(t + 1)
             parts = np.split(order, np.sort(rng.integers(0, t + 2, 3)))
             same(found[t, h], np.array(query_in_steps(q[t, h], kv, h // (H // G), t, parts), np.float32))
+
+
+def test_scores_follow_the_formula_step_by_step(filled, same):
+    q, _, _, kv = filled
+    found = attention_scores(q, kv, 0)
+    for t in range(T):
+        for h in range(H):
+            expected = scores_in_steps(q[t, h], kv, h // (H // G), range(t + 1))
+            same(found[t, h, : t + 1], np.array(list(expected.values()), np.float32))
 
 
 def test_any_chunks_of_the_queries_give_the_same_bits(filled, same):
