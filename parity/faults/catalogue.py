@@ -427,13 +427,13 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "argmax-last-of-equals", "argmax", "argmax",
-        "first: I64 = np.argmax(chosen, axis=1)",
-        "first: I64 = chosen.shape[1] - 1 - np.argmax(chosen[:, ::-1], axis=1)",
+        "first: I64 = np.argmax(logits == largest, axis=1)",
+        "first: I64 = logits.shape[1] - 1 - np.argmax((logits == largest)[:, ::-1], axis=1)",
         "a reduction that keeps the later of two equal logits",
     ),
     Fault(
         "argmax-nan-wins", "argmax", "argmax",
-        "first: I64 = np.argmax(chosen, axis=1)",
+        "first: I64 = np.argmax(logits == largest, axis=1)",
         "first: I64 = np.argmax(logits, axis=1)",
         "numpy's argmax returns the first NaN",
     ),
