@@ -1,6 +1,7 @@
 """What every test shares: where kernels run, random numbers, and what happens to tests that need a GPU."""
 
 import hashlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,24 @@ from exactmoe.kernels.launch import resolve_device
 
 # Triton reads TRITON_INTERPRET when a kernel module is imported; this runs before any test module is.
 _DEVICE = resolve_device("auto")
+
+from exactmoe.model.config import Config  # noqa: E402
+from exactmoe.model.synth import LIKES, Like, synthesise  # noqa: E402
+
+SMALL = Config(
+    hidden=256,
+    n_layers=2,
+    n_heads=2,
+    n_kv_heads=1,
+    head_dim=128,
+    n_experts=4,
+    n_active=2,
+    expert_width=256,
+    vocab=512,
+    context_length=64,
+    eps=np.float32(1e-6),
+    rope_base=1e6,
+)
 
 _DESELECTED = pytest.StashKey[int]()
 
@@ -37,6 +56,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     count = config.stash.get(_DESELECTED, 0)
     if count:
         terminalreporter.write_line(f"not run: {count} tests that need a CUDA device; kernels ran in the interpreter")
+
+
+@pytest.fixture(scope="session")
+def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A valid GGUF of random weights, small enough for the interpreter."""
+    path = tmp_path_factory.mktemp("models") / "small.gguf"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(LIKES, "small", Like("small", "4x1M", 512, SMALL))
+        synthesise(path, "small", seed=3)
+    return path
 
 
 @pytest.fixture
