@@ -1,6 +1,7 @@
 """What every test shares: where kernels run, random numbers, and what happens to tests that need a GPU."""
 
 import hashlib
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +31,18 @@ SMALL = Config(
     rope_base=1e6,
 )
 
-_DESELECTED = pytest.StashKey[int]()
+_CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+# Markers whose tests this machine cannot run, with what the last lines of the run say of them.
+_LACKING = {
+    **({} if _DEVICE.type == "cuda" else {"gpu": "need a CUDA device; kernels ran in the interpreter"}),
+    **({} if _CHROMIUM else {"browser": "need Chromium; none is installed"}),
+}
+_DESELECTED = pytest.StashKey[dict[str, int]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "browser: needs Chromium; deselected, and counted, where there is none")
     if config.pluginmanager.hasplugin("hypothesispytest"):
         from hypothesis import settings
 
@@ -44,18 +53,18 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if _DEVICE.type == "cuda":
-        return
-    left_out = [item for item in items if item.get_closest_marker("gpu")]
-    config.stash[_DESELECTED] = len(left_out)
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item not in left_out]
+    counts = config.stash.setdefault(_DESELECTED, {})
+    for marker in _LACKING:
+        left_out = [item for item in items if item.get_closest_marker(marker)]
+        counts[marker] = len(left_out)
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    count = config.stash.get(_DESELECTED, 0)
-    if count:
-        terminalreporter.write_line(f"not run: {count} tests that need a CUDA device; kernels ran in the interpreter")
+    for marker, count in config.stash.get(_DESELECTED, {}).items():
+        if count:
+            terminalreporter.write_line(f"not run: {count} tests that {_LACKING[marker]}")
 
 
 @pytest.fixture(scope="session")
@@ -72,6 +81,13 @@ def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def device() -> torch.device:
     """Where kernels run in this process: CUDA where there is one, else the CPU, in Triton's interpreter."""
     return _DEVICE
+
+
+@pytest.fixture
+def chromium() -> str:
+    """The path of a Chromium; for tests marked `browser`, which run only where there is one."""
+    assert _CHROMIUM
+    return _CHROMIUM
 
 
 @pytest.fixture

@@ -99,6 +99,10 @@ import pytest
 def test_on_a_gpu(n):
     raise AssertionError("there is none")
 
+@pytest.mark.browser
+def test_in_a_browser():
+    raise AssertionError("there is none")
+
 def test_in_the_interpreter(device):
     assert (device.type, os.environ["TRITON_INTERPRET"]) == ("cpu", "1")
 
@@ -107,19 +111,20 @@ def test_warns():
 """
 
 
-def test_without_a_gpu_its_tests_are_counted_as_not_run_and_warnings_are_errors(tmp_path: Path) -> None:
+def test_without_a_gpu_or_a_browser_their_tests_are_counted_as_not_run_and_warnings_are_errors(tmp_path: Path) -> None:
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     (tmp_path / "src").symlink_to(ROOT / "src")
     (tmp_path / "tests").mkdir()
     shutil.copy(ROOT / "tests" / "conftest.py", tmp_path / "tests")
     (tmp_path / "tests" / "test_planted.py").write_text(PLANTED_TESTS)
-    blind = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"CUDA_VISIBLE_DEVICES": ""}
+    blind = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"CUDA_VISIBLE_DEVICES": "", "PATH": ""}
     args = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
     run = subprocess.run(args, cwd=tmp_path, capture_output=True, text=True, env=blind)
     assert run.returncode == 1
     assert "not run: 3 tests that need a CUDA device; kernels ran in the interpreter" in run.stdout
+    assert "not run: 1 tests that need Chromium; none is installed" in run.stdout
     assert "FAILED tests/test_planted.py::test_warns - UserWarning: planted" in run.stdout
-    assert "1 failed, 1 passed, 3 deselected" in run.stdout
+    assert "1 failed, 1 passed, 4 deselected" in run.stdout
 
 
 @pytest.mark.parametrize(("letter", "drawn"), [("a", "7b225904"), ("b", "48844869")], ids=["a", "b"])

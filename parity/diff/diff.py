@@ -17,13 +17,15 @@ def diff_arrays(
     *,
     layer: int = WHOLE_MODEL,
     tolerance: Tolerance | None = None,
+    nan_equal: bool = False,
     note: str = "",
 ) -> StageDiff:
     """Judge `right` against `left`, arrays of any one shape and dtype; None is an array that is not there.
 
     The rule is bitwise. With `tolerance`, numbers are judged by it and the text of the verdict says so; ids never are.
-    `note` ends the text of the verdict. Raises InvalidInput for a dtype without bits to compare (object, text,
-    complex)."""
+    NaN at the same places on both sides is its own verdict and does not pass, since no forward pass should hold one;
+    `nan_equal` lets it match, for an op whose promise includes NaN. `note` ends the text of the verdict.
+    Raises InvalidInput for a dtype without bits to compare (object, text, complex)."""
     forms = form(left), form(right)
     after = f" ({note})" if note else ""
     if left is None or right is None:
@@ -38,7 +40,7 @@ def diff_arrays(
     if not left.size:
         return StageDiff(stage, layer, Verdict.MISSING, f"no element on either side{after}", *forms)
     found = measure(left, right, tolerance)
-    verdict = _judge(found)
+    verdict = _judge(found, nan_equal=nan_equal)
     text = _sentence(verdict, found, tolerance) + after
     first = None if found.first is None else first_at(left, right, found.first)
     return StageDiff(stage, layer, verdict, text, *forms, found, first, found.count, found.differing)
@@ -55,12 +57,12 @@ def first_at(left: Array, right: Array, index: int) -> First:
     return First(at, *_value(left[at]), *_value(right[at]))
 
 
-def _judge(found: Metrics) -> Verdict:
+def _judge(found: Metrics, *, nan_equal: bool) -> Verdict:
     if found.first_nan:
         return Verdict.NAN_LEFT if found.first_nan == "left" else Verdict.NAN_RIGHT
     if found.outside:
         return Verdict.DIFFER
-    return Verdict.NAN_BOTH if found.nan_both else Verdict.MATCH
+    return Verdict.NAN_BOTH if found.nan_both and not nan_equal else Verdict.MATCH
 
 
 def _sentence(verdict: Verdict, found: Metrics, tolerance: Tolerance | None) -> str:
@@ -68,7 +70,8 @@ def _sentence(verdict: Verdict, found: Metrics, tolerance: Tolerance | None) -> 
     apart = f"{found.differing:,} of {found.count:,} bits differ" if tolerance else ""
     match verdict:
         case Verdict.MATCH:
-            return f"match{rule}: {apart}" if tolerance else f"match: {found.count:,} elements, same bits"
+            nan = f", {found.nan_both:,} of them NaN on both sides" if found.nan_both else ""
+            return f"match{rule}: {apart}{nan}" if tolerance else f"match: {found.count:,} elements, same bits{nan}"
         case Verdict.NAN_BOTH:
             same = f"no other element beyond {tolerance}: {apart}" if tolerance else "bits equal"
             return f"{found.nan_both:,} of {found.count:,} are NaN on both sides, {same}; a NaN is not a match"

@@ -36,7 +36,7 @@ def cell(row: StageDiff) -> str:
     if row.metrics.infinite:
         return "inf"
     worst = row.metrics.worst_ulp or 0
-    return str(worst) if worst < 1000 else f"2^{worst.bit_length() - 1}"
+    return str(worst) if worst < 1024 else f"2^{worst.bit_length() - 1}"
 
 
 def as_json(report: DiffReport) -> dict[str, Any]:

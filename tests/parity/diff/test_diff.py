@@ -59,6 +59,14 @@ def test_nan_at_the_same_place_on_both_sides_is_seen_and_does_not_pass(x):
     assert "1 of 12 are NaN on both sides" in found.text
 
 
+def test_an_op_that_promises_nan_may_have_it_match_where_both_have_it(x):
+    y = changed(x, (1, 1), np.nan)
+    found = diff_arrays("q", y, y.copy(), nan_equal=True)
+    assert found.passed
+    assert found.text == "match: 12 elements, same bits, 1 of them NaN on both sides"
+    assert diff_arrays("q", x, y, nan_equal=True).verdict is Verdict.NAN_RIGHT
+
+
 def test_a_difference_weighs_more_than_nan_on_both_sides(x):
     y = changed(x, (1, 1), np.nan)
     assert diff_arrays("q", y, changed(y, (0, 0), 9)).verdict is Verdict.DIFFER
