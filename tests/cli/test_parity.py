@@ -55,6 +55,17 @@ def test_the_kernels_equal_the_reference_in_every_stage_of_every_layer(exactmoe,
 
 
 @pytest.mark.usefixtures("brief")
+def test_the_page_and_the_test_cases_of_ci_hold_every_stage(exactmoe, model_file, tmp_path):
+    page, cases = tmp_path / "report.html", tmp_path / "report.xml"
+    outcome = run(exactmoe, model_file, "--html", page, "--junit", cases, tokens="1,2")
+    assert outcome.status == 0
+    assert "<strong>Equal</strong>" in page.read_text()
+    assert page.read_text().count('<td class="u0" title=') > N_STAGES
+    assert cases.read_text().count("<testcase ") > N_STAGES
+    assert 'failures="0"' in cases.read_text()
+
+
+@pytest.mark.usefixtures("brief")
 def test_the_same_command_gives_the_same_digest_and_json_on_stdout_leaves_the_report_to_stderr(exactmoe, model_file):
     outcomes = [run(exactmoe, model_file, "--json", "-", tokens="1,2") for _ in range(2)]
     found = [json.loads(o.out) for o in outcomes]
@@ -200,6 +211,7 @@ def test_the_shipped_model_and_text_are_the_default_and_at_hand(exactmoe, seen):
         (["--tokens", "1", "--activations", "f32"], "invalid choice"),
         (["--tokens", "1", "--device", "tpu"], "invalid choice"),
         (["--tokens", "1", "--json", "/nowhere/at/all.json"], "there is no folder /nowhere/at"),
+        (["--tokens", "1", "--html", "/nowhere/at/all.html"], "there is no folder /nowhere/at"),
         (["--text", "/nowhere/at/all.txt"], "/nowhere/at/all.txt: cannot be read"),
     ],
 )

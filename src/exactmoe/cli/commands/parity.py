@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from exactmoe.cli import options
+from exactmoe.cli import options, reports
 from exactmoe.kernels.errors import require
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ EXAMPLES = """examples:
   exactmoe parity
   exactmoe parity model.gguf --text main.py --positions 256 --steps 16 --activations q16_k
   exactmoe parity model.gguf --tokens 1,2,3 --device cuda --json report.json
+  exactmoe parity --html report.html --junit report.xml
 
 exit status: 0 every bit is equal, 1 something differs or was not compared, 2 the file, tokens or arguments are refused,
 3 no CUDA device where one was demanded
@@ -48,6 +49,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", metavar="FILE", help="write the result as JSON too; - is stdout, the report moves to stderr"
     )
+    reports.add_reports(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -58,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.json not in (None, "-"):
         options.require_writable(args.json)
+    reports.require_writable(args)
     from exactmoe.kernels.launch import resolve_device
 
     resolve_device(args.device)
@@ -76,6 +79,10 @@ def run(args: argparse.Namespace) -> int:
         else:
             with options.whole_file(args.json) as out:
                 out.write(text.encode())
+    if args.html is not None or args.junit is not None:
+        from exactmoe.parity.diff.from_parity import report_of
+
+        reports.write_reports(args, report_of(result, setting))
     print_report(result, setting, sys.stderr if args.json == "-" else sys.stdout)
     return 0 if result.equal else 1
 
