@@ -234,5 +234,11 @@ def test_nan_where_the_reference_has_nan_matches_and_elsewhere_does_not():
         check("x", np.ones(2, np.float32), nan, lambda row: None)
 
 
+def test_no_element_of_another_form_is_red():
+    check("x", np.zeros((0, 8)), np.zeros((0, 8)), lambda row: None)
+    with pytest.raises(AssertionError, match=r"float64 \[0, 8\] != float64 \[0, 9\]"):
+        check("x", np.zeros((0, 8)), np.zeros((0, 9)), lambda row: None)
+
+
 def test_a_report_of_nothing_is_not_equal():
     assert not kernel_report([]).equal

@@ -4,7 +4,7 @@ import pytest
 from exactmoe.kernels.errors import InvalidInput
 from exactmoe.parity.diff.diff import diff_arrays
 from exactmoe.parity.diff.metrics import Tolerance
-from exactmoe.parity.diff.verdict import Verdict
+from exactmoe.parity.diff.verdict import StageDiff, Verdict
 
 
 @pytest.fixture
@@ -85,6 +85,10 @@ def test_nothing_to_compare_does_not_pass(x):
         found = diff_arrays(stage, empty, empty)
         assert found.verdict is Verdict.MISSING
         assert not found.passed
+
+
+def test_a_match_of_no_element_does_not_pass():
+    assert not StageDiff("q", 0, Verdict.MATCH, "match", "", "").passed
 
 
 @pytest.mark.parametrize("other", [(4, 3), (12,), (3, 4, 1), (1, 4)])

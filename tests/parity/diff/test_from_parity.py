@@ -86,6 +86,12 @@ def test_what_does_not_pass_there_does_not_pass_here(result, stage, verdict):
     assert report.first.verdict is verdict
 
 
+def test_a_schedule_of_another_digest_is_the_row_that_does_not_pass(result):
+    other = ScheduleResult(Schedule("again", 2, 2), tally("again"), "other")
+    report = report_of(replace(result, schedules=(other,)), SETTING)
+    assert [str(row) for row in report.failed] == ["again: digest other where the main run has main"]
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -131,8 +131,10 @@ def test_the_page_is_one_file_without_scripts_and_without_addresses(report):
 
 
 def test_text_from_the_traces_is_escaped(report):
+    foreign = StageDiff("<their>", 0, Verdict.SHAPE, "<form>", "<left>", "<right>")
+    report = replace(report, rows=(*report.rows, foreign))
     page = Page(render_report(report, EVIDENCE))
-    assert {tag for tag, _ in page.tags} & {"h100", "dir", "mine"} == set()
+    assert {tag for tag, _ in page.tags} & {"h100", "dir", "mine", "their", "form", "left", "right"} == set()
     assert "an <H100>" in page.text
     assert "right/<dir>" in page.text
 
