@@ -26,7 +26,7 @@ def junit(report: DiffReport) -> str:
         case = ET.SubElement(suite, "testcase", {"classname": "model", "name": "any stage"})
         ET.SubElement(case, "failure", {"type": "missing", "message": "nothing was compared"})
     ET.indent(root)
-    return ET.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
+    return ET.tostring(root, encoding="utf-8", xml_declaration=True).decode() + "\n"
 
 
 def _properties(report: DiffReport) -> list[tuple[str, str]]:

@@ -147,6 +147,7 @@ def kernel_report(rows: Sequence[StageDiff]) -> DiffReport:
         rows=full,
         facts=tuple(versions),
         notes=tuple(notes),
+        what="outputs",
     )
 
 

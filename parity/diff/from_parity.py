@@ -46,6 +46,7 @@ def report_of(result: ParityResult, setting: Setting) -> DiffReport:
         facts=tuple(facts),
         tokens=result.tokens,
         notes=tuple(notes),
+        what="stages, caches, paths and schedules",
     )
 
 

@@ -112,6 +112,7 @@ class DiffReport:
     facts: tuple[Fact, ...] = ()
     tokens: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()  # what a reader must know to trust the verdict
+    what: str = "stages"  # that the rows are
 
     @property
     def equal(self) -> bool:
@@ -147,7 +148,7 @@ class DiffReport:
     @property
     def verdict(self) -> str:
         """The closing line."""
-        counts = f"{self.compared} of {len(self.rows)} stages compared, {self.elements:,} elements"
+        counts = f"{self.compared} of {len(self.rows)} {self.what} compared, {self.elements:,} elements"
         if self.equal:
             return f"equal ({self.rule}): {counts}, {self.differing:,} differ in bits"
         if not self.elements:

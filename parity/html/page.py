@@ -28,7 +28,7 @@ def render_report(report: DiffReport, evidence: Mapping[str, Any] | None = None)
         sections.append(("Worst distance by stage and layer", heat_map(report)))
     if report.router:
         sections.append(("Routers", router_view(report.router, report.tokens)))
-    sections += [("Stages", _stages(report)), ("What was compared", _provenance(report))]
+    sections += [(report.what.capitalize(), _stages(report)), ("What was compared", _provenance(report))]
     body = "".join(f"<section>{f'<h2>{escape(head)}</h2>' if head else ''}{part}</section>" for head, part in sections)
     outcome = "Equal" if report.equal else "Not equal"
     return (
@@ -83,8 +83,8 @@ def _banner(report: DiffReport, outcome: str) -> str:
 def _tiles(report: DiffReport) -> str:
     worst = max((row.metrics.worst_ulp or 0 for row in report.rows if row.metrics), default=None)
     tiles = [
-        ("stages compared", f"{report.compared:,} of {len(report.rows):,}"),
-        ("stages not passed", f"{len(report.failed):,}"),
+        ("compared", f"{report.compared:,} of {len(report.rows):,} {_noun(report)}"),
+        ("not passed", f"{len(report.failed):,}"),
         ("elements compared", f"{report.elements:,}"),
         ("with other bits", f"{report.differing:,}"),
     ]
@@ -98,6 +98,11 @@ def _tiles(report: DiffReport) -> str:
         )
     items = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in tiles)
     return f'<dl class="tiles">{items}</dl>'
+
+
+def _noun(report: DiffReport) -> str:
+    """What the rows are, if it is short."""
+    return report.what if " " not in report.what else "rows"
 
 
 def _first(row: StageDiff) -> str:
