@@ -74,6 +74,14 @@ def held_out_loss(network: Network, windows: np.ndarray) -> float:
     return float(np.mean([next_token_loss(network, row[None]).item() for row in tokens]))
 
 
+@torch.no_grad()
+def expert_load(network: Network, windows: np.ndarray) -> list[list[float]]:
+    """Each expert's share of the routed rows over windows [N, S] of token ids, by layer."""
+    tokens = torch.from_numpy(windows.astype(np.int64))
+    load: list[list[float]] = torch.stack([network(row[None]).load for row in tokens]).mean(0).tolist()
+    return load
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m exactmoe.model.tiny.evaluate", description="Held-out loss.")

@@ -1,11 +1,11 @@
 """The tiny Qwen3-MoE in plain torch, to train it and to measure its loss. Not the inference path of this project.
 
-`Network(dims)(tokens [N, S] i64) -> (logits [N, S, V] f32, balance f32 scalar, load [L, E] f32)`. The names in its
-`state_dict` are the tensor names of a Qwen3-MoE GGUF file, and every matrix has the file's logical shape.
+`Network(dims)(tokens [N, S] i64) -> Pass(logits, balance, load, ranked)`. The names in its `state_dict` are the tensor
+names of a Qwen3-MoE GGUF file, and every matrix has the file's logical shape.
 Architecture: Qwen3MoeForCausalLM of transformers (norm_topk_prob, no shared expert, every layer sparse, no biases)."""
 
 from dataclasses import asdict, dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,15 @@ class Dims:
     def to_dict(self) -> dict[str, int | float]:
         """Give the widths by name, as train.json records them."""
         return asdict(self)
+
+
+class Pass(NamedTuple):
+    """What a forward pass gives."""
+
+    logits: Tensor  # [N, S, V] f32
+    balance: Tensor  # scalar, the load-balancing loss
+    load: Tensor  # [L, E], each expert's share of the routed rows
+    ranked: Tensor  # [L, T, A+1], weights of the experts a token goes to, best first, and what the next would have had
 
 
 class Network(nn.Module):
@@ -74,20 +83,21 @@ class Network(nn.Module):
         for block in self.blk:
             cast(_Block, block).experts = experts
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits [N, S, V], the load-balancing loss, and each expert's share of the routed rows [L, E]."""
+    def forward(self, tokens: Tensor) -> Pass:
+        """Run windows of tokens [N, S], each on its own."""
         span = tokens.shape[1]
         require(span <= self.dims.context_length, f"{span} positions exceed the context of {self.dims.context_length}")
         cos, sin = cast(Tensor, self.cos)[:span], cast(Tensor, self.sin)[:span]
         x = functional.embedding(tokens, self.token_embd.weight)  # [N, S, D]
-        balance, load = [], []
+        balance, load, ranked = [], [], []
         for block in self.blk:
-            x, block_balance, block_load = block(x, cos, sin)
+            x, block_balance, block_load, block_ranked = block(x, cos, sin)
             balance.append(block_balance)
             load.append(block_load)
+            ranked.append(block_ranked)
         logits = _linear(_noisy(self.output_norm(x), self.noise), self.output.weight, self.compute)
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        return logits, torch.stack(balance).mean(), torch.stack(load)
+        return Pass(logits, torch.stack(balance).mean(), torch.stack(load), torch.stack(ranked))
 
 
 def next_token_loss(network: nn.Module, tokens: Tensor) -> Tensor:
@@ -130,10 +140,10 @@ class _Block(nn.Module):
         self.ffn_up_exps = _Weight(E, F, D)
         self.ffn_down_exps = _Weight(E, D, F)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x = x + self._attention(self.attn_norm(x), cos, sin)
-        y, balance, load = self._moe(self.ffn_norm(x).flatten(0, 1))
-        return x + y.view_as(x), balance, load
+        y, balance, load, ranked = self._moe(self.ffn_norm(x).flatten(0, 1))
+        return x + y.view_as(x), balance, load, ranked
 
     def _attention(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         N, S, _ = x.shape
@@ -148,16 +158,17 @@ class _Block(nn.Module):
             x.dtype
         )
 
-    def _moe(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _moe(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         E, A = self.dims.n_experts, self.dims.n_active
         probability = functional.linear(x, self.ffn_gate_inp.weight).softmax(-1)  # [T, E]
-        weight, expert = probability.topk(A, dim=-1)
-        weight = weight / weight.sum(-1, keepdim=True)
+        best, order = probability.topk(min(A + 1, E), dim=-1)
+        ranked = best / best[:, :A].sum(-1, keepdim=True)  # [T, A+1]
+        weight, expert = ranked[:, :A], order[:, :A]
         load = functional.one_hot(expert, E).to(x.dtype).mean((0, 1))  # [E], sums to one
         # Switch Transformers (arXiv 2101.03961), eq. 4: one when the load is even.
         balance = E * (load.detach() * probability.mean(0)).sum()
         run = self._grouped if self.experts == "grouped" else self._dense
-        return run(_noisy(x, self.noise), weight, expert).to(x.dtype), balance, load
+        return run(_noisy(x, self.noise), weight, expert).to(x.dtype), balance, load, ranked
 
     def _grouped(self, x: Tensor, weight: Tensor, expert: Tensor) -> Tensor:
         A = self.dims.n_active

@@ -25,11 +25,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from exactmoe.model.tiny import corpus
-from exactmoe.model.tiny.network import Dims, Network, next_token_loss
+from exactmoe.model.tiny.network import Dims, Network, Pass, next_token_loss
 
 SHARD_BYTES = 14 << 20
 SAMPLE_PROMPT = 'def read_lines(path):\n    """Return the lines of a text file."""\n'
-Step = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+Step = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]  # tokens to loss, balance loss, weight of the last expert
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -97,8 +97,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--span", type=int, default=1024, help="tokens a window")
     parser.add_argument("--windows", type=int, default=64, help="held-out windows of 512 tokens")
     parser.add_argument("--lr", type=float, default=1.5e-3, help="peak learning rate")
-    parser.add_argument("--noise", type=float, default=6.0, help="final width of activation noise, in 8-bit steps")
-    parser.add_argument("--balance", type=float, default=0.01, help="weight of the router's load-balancing loss")
+    parser.add_argument("--noise", type=float, default=1.5, help="final width of activation noise, in 8-bit steps")
+    parser.add_argument("--balance", type=float, default=0.1, help="weight of the router's load-balancing loss")
+    parser.add_argument("--tail", type=float, default=0.2, help="final penalty on the weight of the last expert")
     parser.add_argument("--max-bytes", type=int, default=180_000_000, help="most bytes of text to read")
     parser.add_argument("--package-bytes", type=int, default=12_000_000, help="most bytes of one package")
     parser.add_argument("--tokenizer-bytes", type=int, default=40_000_000, help="text that the tokenizer is trained on")
@@ -134,10 +135,11 @@ def _batch(data: Tensor, args: argparse.Namespace) -> Tensor:
 def _pick_step(network: Network, data: Tensor, args: argparse.Namespace, began: float) -> tuple[Step, str]:
     """The fastest way of running a step among those that work here and agree on the loss of one batch."""
 
-    def make(module: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]) -> Step:
+    def make(module: Callable[[Tensor], Pass]) -> Step:
         def step(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            logits, balance, load = module(tokens[:, :-1])
-            return functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()), balance, load
+            logits, balance, _, ranked = module(tokens[:, :-1])
+            last = ranked[..., network.dims.n_active - 1].mean()
+            return functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()), balance, last
 
         return step
 
@@ -155,8 +157,8 @@ def _pick_step(network: Network, data: Tensor, args: argparse.Namespace, began: 
             for trial in range(4):
                 _wait(data)
                 start = time.monotonic()
-                value, balance, _ = step(tokens)
-                (value + args.balance * balance).backward()
+                value, balance, last = step(tokens)
+                (value + args.balance * balance + args.tail * last).backward()
                 network.zero_grad(set_to_none=True)
                 loss = value.item()
                 if trial:
@@ -185,34 +187,41 @@ def _train(
     curve: list[dict[str, float]] = []
     start = time.monotonic()
     steps, every, told = 0, 50, 0.0
-    seen = torch.zeros(3, device=data.device)  # loss and balance of good steps, and how many were good
+    seen = torch.zeros(4, device=data.device)  # loss, balance and last weight of good steps, and how many were good
     while (elapsed := time.monotonic() - start) < budget:
         rate = args.lr * _schedule(steps, elapsed / budget)
         for group in optimiser.param_groups:
             group["lr"] = rate
         # Noise comes in as the rate goes down: at full rate it makes training diverge.
-        noise.fill_(args.noise * min(1.0, max(0.0, (elapsed / budget - 0.25) / 0.4)))
-        loss, balance, _ = step(_batch(data, args))
-        (loss + args.balance * balance).backward()
+        ramp = min(1.0, max(0.0, (elapsed / budget - 0.25) / 0.4))
+        noise.fill_(args.noise * ramp)
+        loss, balance, last = step(_batch(data, args))
+        (loss + args.balance * balance + args.tail * ramp * last).backward()
         good = torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0).isfinite()
         for p in network.parameters():
             if p.grad is not None:  # a step whose gradient is not finite does nothing
                 p.grad.copy_(torch.where(good, p.grad, 0.0))
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
-        seen += torch.where(good, torch.stack((loss.detach(), balance.detach(), torch.ones_like(balance))), 0.0)
+        seen += torch.where(
+            good, torch.stack((loss.detach(), balance.detach(), last.detach(), torch.ones_like(balance))), 0.0
+        )
         steps += 1
         if steps % every == 0:
-            mean = (seen / seen[2]).tolist()  # the only wait for the GPU, so the clock stays honest
+            mean = (seen / seen[3]).tolist()  # the only wait for the GPU, so the clock stays honest
             seen.zero_()
             if not math.isfinite(mean[0]):
                 raise FloatingPointError(f"training loss is {mean[0]} at step {steps}")
             tokens = steps * args.batch * args.span
             curve.append({"step": steps, "seconds": round(time.monotonic() - start, 1), "loss": round(mean[0], 4),
-                          "balance": round(mean[1], 4), "lr": rate})  # fmt: skip
+                          "balance": round(mean[1], 4), "last": round(mean[2], 4), "lr": rate})  # fmt: skip
             if elapsed - told > 15:
                 told = elapsed
-                _say(began, f"step {steps}, {tokens / 1e6:.0f} M tokens, loss {mean[0]:.4f}, balance {mean[1]:.4f}")
+                _say(
+                    began,
+                    f"step {steps}, {tokens / 1e6:.0f} M tokens, loss {mean[0]:.4f}, balance {mean[1]:.4f}, "
+                    f"last weight {mean[2]:.4f}",
+                )
     _wait(data)
     seconds = time.monotonic() - start
     thin = max(1, len(curve) // 100)

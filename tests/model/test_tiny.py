@@ -231,6 +231,26 @@ def test_the_card_states_what_was_measured_on_the_file_beside_it(trained: Path, 
         assert f"{log['held_out_loss'][weights]:.4f}" in text
 
 
+def test_a_sharpened_file_ships_only_for_its_own_weights(trained: Path, tmp_path: Path) -> None:
+    sharp, folder = tmp_path / "sharp.gguf", tmp_path / "out"
+    folder.mkdir()
+    build.build(trained, sharp)
+    router = open_gguf(sharp).tensors["blk.0.ffn_gate_inp.weight"]
+    content = bytearray(sharp.read_bytes())
+    content[router.offset : router.offset + 4] = np.float32(0.75).tobytes()
+    sharp.write_bytes(content)
+    card.publish(trained, folder, sharp)
+    assert (folder / evaluate.MODEL.name).read_bytes() == content
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert "routers and norms trained after quantisation" in text
+    assert hashlib.sha256(content).hexdigest() in text
+    matrix = open_gguf(sharp).tensors["blk.0.attn_q.weight"]
+    content[matrix.offset + 20] ^= 1
+    sharp.write_bytes(content)
+    with pytest.raises(InvalidInput, match=r"blk\.0\.attn_q\.weight is not that of the weights given"):
+        card.publish(trained, folder, sharp)
+
+
 def test_the_file_encodes_text_as_the_trained_tokenizer_does(trained: Path, tmp_path: Path) -> None:
     import tokenizers
 
