@@ -171,3 +171,17 @@ def test_a_tolerance_that_is_no_bound_is_refused(bad):
 def test_arrays_of_another_form_are_refused():
     with pytest.raises(InvalidInput, match=r"float32 \[2\] and float32 \[1\]"):
         measure(f32(1, 2), f32(1))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.int32])
+def test_the_quick_way_for_equal_bytes_gives_what_the_long_way_gives(monkeypatch, dtype):
+    x = np.array([1, -2, 0, 3, 5], dtype)
+    if x.dtype.kind == "f":
+        x = np.concatenate([x, np.array([np.nan, np.inf, -np.inf, -0.0], dtype)])
+    quick = measure(x, x.copy())
+    taken = []
+    monkeypatch.setattr(
+        metrics._Totals, "add_same", lambda self, part: taken.append(1) or self.add(0, part, part, None)
+    )
+    assert measure(x, x.copy()) == quick
+    assert taken
