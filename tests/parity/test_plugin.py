@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import numpy as np
@@ -12,6 +13,9 @@ from exactmoe.parity.cases import CASES, cheap, kernel_output, reference_output
 from exactmoe.parity.under_test import ParityCase, check, kernel_report
 
 pytest_plugins = ["pytester"]
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+EXAMPLE = Path(__file__).parent / "example_my_add.py"
 
 RIGHT = """
 import pytest
@@ -70,6 +74,39 @@ def test_one_flipped_bit_is_red_with_its_coordinate_and_both_values(run):
             r"exactmoe: .* 1 not equal",
         ]
     )
+
+
+def example():
+    """The text of the example, kept to the cases that the interpreter is quick at."""
+    text = EXAMPLE.read_text()
+    assert '("add")' in text
+    return text.replace('("add")', '("add", where=lambda case: case.T < 200)')
+
+
+def test_the_example_is_green_in_a_process_of_its_own_and_says_what_it_compared(pytester, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
+    pytester.makepyfile(test_example=example())
+    result = pytester.runpytest_subprocess("-p", "exactmoe.parity.plugin", "-p", "no:cacheprovider", "-W", "error")
+    assert result.ret == 0
+    cases = [case for case in CASES["add"] if case.T < 200]
+    assert last(result)[0].endswith(f"elements of {len(cases)} tests compared, all equal")
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("tl.load(a + i, i < N) + tl.load(b + i, i < N)", "tl.load(a + i, i < N) - tl.load(b + i, i < N)"),
+        ("triton.cdiv(y.numel(), 1024)", "max(y.numel() // 1024, 1)"),
+        ("i < N) + tl.load(b + i, i < N)", "i < N) + tl.load(b + i, i < N) * 1.0000001"),
+    ],
+)
+def test_the_example_with_a_mistake_in_it_is_red(run, right, wrong):
+    text = example()
+    assert right in text
+    result = run(text.replace(right, wrong))
+    assert result.ret == 1
+    assert "not equal" in last(result)[0]
 
 
 def test_a_test_that_compares_nothing_fails(run):
