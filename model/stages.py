@@ -5,6 +5,9 @@ from typing import NamedTuple
 WHOLE_MODEL = -1
 """Layer number of a stage that belongs to no layer."""
 
+Key = tuple[str, int]
+"""One stage of one layer: its name, and the layer or WHOLE_MODEL."""
+
 
 class Stage(NamedTuple):
     """One named intermediate."""
@@ -41,7 +44,7 @@ STAGES: tuple[Stage, ...] = (
 )
 
 
-def keys(n_layers: int) -> list[tuple[str, int]]:
+def keys(n_layers: int) -> list[Key]:
     """Every (stage, layer) of a model of `n_layers`, in the order they happen; layer is WHOLE_MODEL outside layers."""
     before = [s for s in STAGES if not s.per_layer and s.name == "embedding"]
     after = [s for s in STAGES if not s.per_layer and s.name != "embedding"]

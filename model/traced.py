@@ -3,7 +3,7 @@
 Slower by the stages it writes; bit-equal in logits and cache."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -26,15 +26,25 @@ from exactmoe.model.stages import WHOLE_MODEL
 from exactmoe.model.weights import Layer, Model
 
 
+class Plan(Protocol):
+    """Which stages to keep."""
+
+    def wants(self, stage: str, layer: int) -> bool:
+        """Whether to keep `stage` of `layer`."""
+        ...
+
+
 class Traced(NamedTuple):
-    """Logits of all positions, and every stage by (name, layer)."""
+    """Logits of all positions, and the stages that were kept by (name, layer)."""
 
     logits: Tensor  # [T, V] f32
     stages: dict[tuple[str, int], Tensor]
 
 
-def forward_traced(model: Model, cache: KVCache, tokens: Sequence[int] | Tensor) -> Traced:
-    """Run T tokens after those in `cache`, which grows by T, and keep every stage (shapes in model.stages)."""
+def forward_traced(model: Model, cache: KVCache, tokens: Sequence[int] | Tensor, plan: Plan | None = None) -> Traced:
+    """Run T tokens after those in `cache`, which grows by T, and keep every stage, or those that `plan` wants.
+
+    Shapes are in model.stages. What is kept changes no arithmetic."""
     ids = check_tokens(model, cache, tokens)
     stages: dict[tuple[str, int], Tensor] = {}
     x = stages["embedding", WHOLE_MODEL] = embed(model.embedding, ids)
@@ -42,10 +52,12 @@ def forward_traced(model: Model, cache: KVCache, tokens: Sequence[int] | Tensor)
         named = _attention(model, layer, cache, i, x)
         named |= _moe(model, layer, named["post_attn_residual"])
         x = named["post_ffn_residual"]
-        stages |= {(name, i): value for name, value in named.items()}
+        stages |= {(name, i): value for name, value in named.items() if plan is None or plan.wants(name, i)}
     cache.length += ids.shape[0]
     normed = stages["final_norm", WHOLE_MODEL] = rms_norm(x, model.output_norm, model.eps)
     logits = stages["lm_head", WHOLE_MODEL] = matmul(model.output, quantize(normed, model.profile))
+    if plan is not None:  # stages of the whole model are at hand anyway
+        stages = {key: value for key, value in stages.items() if plan.wants(*key)}
     return Traced(logits, stages)
 
 

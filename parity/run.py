@@ -20,8 +20,9 @@ import numpy as np
 
 from exactmoe.kernels.errors import require
 from exactmoe.model import stages
+from exactmoe.model.stages import Key
 from exactmoe.parity.bits import Array, Comparison, absorb, compare, digest
-from exactmoe.parity.sides import KV_ARRAYS, Key, ReferenceSide, Side, Trace, TritonSide
+from exactmoe.parity.sides import KV_ARRAYS, ReferenceSide, Side, Trace, TritonSide
 
 if TYPE_CHECKING:
     from exactmoe.model.gguf.reader import GGUFFile

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from exactmoe.kernels.errors import require
+from exactmoe.model.stages import Key
 from exactmoe.parity.bits import Array
 
 if TYPE_CHECKING:
     from exactmoe.model.gguf.reader import GGUFFile
     from exactmoe.model.weights import Model
 
-Key = tuple[str, int]  # stage, layer
 KV_ARRAYS = ("k", "k_scale", "v", "v_scale")
 
 

@@ -1,7 +1,7 @@
 """The traced forward pass: the arithmetic of `forward`, with every intermediate named."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from exactmoe.parity.reference.attention import attend, attention_scores, attention_softmax
 from exactmoe.parity.reference.combine import combine
@@ -23,15 +23,27 @@ from exactmoe.parity.reference.weights import LayerWeights, Weights
 WHOLE_MODEL = -1  # the layer of a stage that belongs to none
 
 
+class Plan(Protocol):
+    """Which stages to keep."""
+
+    def wants(self, stage: str, layer: int) -> bool:
+        """Whether to keep `stage` of `layer`."""
+        ...
+
+
 class Traced(NamedTuple):
-    """Logits of all positions, and every stage by (name, layer)."""
+    """Logits of all positions, and the stages that were kept by (name, layer)."""
 
     logits: F32  # [T, V]
     stages: dict[tuple[str, int], Array]
 
 
-def forward_traced(weights: Weights, cache: KVCache, tokens: Sequence[int], profile: str) -> Traced:
-    """Run T tokens after those in `cache`, which grows by T, and keep every stage. Raises ValueError as `forward`."""
+def forward_traced(
+    weights: Weights, cache: KVCache, tokens: Sequence[int], profile: str, plan: Plan | None = None
+) -> Traced:
+    """Run T tokens after those in `cache`, which grows by T, and keep every stage, or those that `plan` wants.
+
+    Raises ValueError as `forward`."""
     ids = check_tokens(weights, cache, tokens)
     stages: dict[tuple[str, int], Array] = {}
     x = stages["embedding", WHOLE_MODEL] = embed(weights.embedding, ids)
@@ -39,10 +51,12 @@ def forward_traced(weights: Weights, cache: KVCache, tokens: Sequence[int], prof
         named = _attention(weights, layer, cache, i, x, profile)
         named |= _moe(weights, layer, named["post_attn_residual"], profile)
         x = named["post_ffn_residual"]
-        stages |= {(name, i): value for name, value in named.items()}
+        stages |= {(name, i): value for name, value in named.items() if plan is None or plan.wants(name, i)}
     cache.length += len(ids)
     normed = stages["final_norm", WHOLE_MODEL] = rms_norm(x, weights.output_norm, weights.dims.eps)
     logits = stages["lm_head", WHOLE_MODEL] = matmul(weights.output, quantize(normed, profile))
+    if plan is not None:  # stages of the whole model are at hand anyway
+        stages = {key: value for key, value in stages.items() if plan.wants(*key)}
     return Traced(logits, stages)
 
 
