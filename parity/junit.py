@@ -26,7 +26,8 @@ def junit(report: DiffReport) -> str:
         case = ET.SubElement(suite, "testcase", {"classname": "model", "name": "any stage"})
         ET.SubElement(case, "failure", {"type": "missing", "message": "nothing was compared"})
     ET.indent(root)
-    return ET.tostring(root, encoding="utf-8", xml_declaration=True).decode() + "\n"
+    document: bytes = ET.tostring(root, encoding="utf-8", xml_declaration=True)
+    return document.decode() + "\n"
 
 
 def _properties(report: DiffReport) -> list[tuple[str, str]]:

@@ -87,7 +87,8 @@ def diff_router(
     for t in range(T):
         a, b = tuple(int(i) for i in left[t]), tuple(int(i) for i in right[t])
         margin, ulp = (None, None) if left_logits is None else _margin(left_logits[t], a)
-        ulp = ulp if margin_ulp is None else int(margin_ulp[t])
+        if margin_ulp is not None:  # recorded as negative for NaN, as 2^32 where no expert is left out
+            ulp = int(margin_ulp[t]) if 0 <= margin_ulp[t] < 2**32 else None
         error = None
         if left_logits is not None and right_logits is not None and left_logits.shape == right_logits.shape:
             error = _error(left_logits[t], right_logits[t])

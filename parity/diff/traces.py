@@ -11,13 +11,12 @@ import numpy as np
 
 from exactmoe.kernels.errors import InvalidInput, require
 from exactmoe.model import stages
+from exactmoe.model.stages import Key
 from exactmoe.parity.bits import Array
 from exactmoe.parity.diff.diff import diff_arrays, form
 from exactmoe.parity.diff.metrics import Tolerance
 from exactmoe.parity.diff.router import RouterDiff, diff_router
 from exactmoe.parity.diff.verdict import INDEX_STAGES, StageDiff, Verdict
-
-Key = tuple[str, int]  # stage, layer
 
 FOREIGN = "aprt"
 """Backend of a trace of another engine: flat f32 vectors, and no word about the run they come from."""
@@ -177,13 +176,18 @@ def diff_traces(
     notes = _require_comparable(left.manifest, right.manifest, force)
     sides = _Sides(left, right, tolerance)
     n_layers = max(left.manifest.n_layers, right.manifest.n_layers)
-    rows = tuple(sides.stage(stage, layer) for stage, layer in canonical({*left.keys(), *right.keys()}, n_layers))
+    rows = []
+    for stage, layer in canonical({*left.keys(), *right.keys()}, n_layers):
+        if sides.none_kept(stage, layer):
+            notes.append(f"{stage}, layer {layer}: neither side has a row of the experts that were kept")
+        else:
+            rows.append(sides.stage(stage, layer))
     return DiffReport(
         title="diff of two traces",
         left=names[0],
         right=names[1],
         rule=f"within {tolerance}" if tolerance else "bit for bit",
-        rows=rows,
+        rows=tuple(rows),
         router=tuple(sides.routers(n_layers)),
         facts=tuple(_facts(left.manifest, right.manifest)),
         tokens=left.manifest.tokens or right.manifest.tokens,
@@ -249,14 +253,21 @@ class _Sides:
         self.keys = set(left.keys()), set(right.keys())
         self.foreign = FOREIGN in (left.manifest.backend, right.manifest.backend)
 
+    def none_kept(self, stage: str, layer: int) -> bool:
+        """Whether both sides kept some experts of a stage, and no position goes to one of these."""
+        if any((stage, layer) not in keys for keys in self.keys):
+            return False
+        rows = [side.rows(stage, layer) for side in (self.left, self.right)]
+        return all(kept is not None and not len(kept) for kept in rows)
+
     def stage(self, stage: str, layer: int) -> StageDiff:
         key = stage, layer
         a = self.left.read(stage, layer) if key in self.keys[0] else None
         b = self.right.read(stage, layer) if key in self.keys[1] else None
         if a is None or b is None:
             return diff_arrays(stage, a, b, layer=layer)
-        if self.foreign:
-            return self._foreign(stage, layer, a, b)
+        if self.foreign or 1 in (a.ndim, b.ndim):
+            return self._flat(stage, layer, a, b)
         coordinates = self._coordinates(stage, layer, a, b)
         if isinstance(coordinates, str):
             return StageDiff(stage, layer, Verdict.SHAPE, coordinates, form(a), form(b))
@@ -265,7 +276,11 @@ class _Sides:
             return found
         return replace(found, first=replace(found.first, where=self._where(stage, layer, found.first.at, coordinates)))
 
-    def _foreign(self, stage: str, layer: int, a: Array, b: Array) -> StageDiff:
+    def _flat(self, stage: str, layer: int, a: Array, b: Array) -> StageDiff:
+        """A stage of which one side is a flat vector: APRT files have no shape."""
+        if not self.foreign and not np.array_equal(self.left.positions, self.right.positions):
+            text = f"{form(a)} != {form(b)}: a flat vector of other positions, or of the same in another order"
+            return StageDiff(stage, layer, Verdict.SHAPE, text, form(a), form(b))
         note = ""
         if a.shape != b.shape and a.size == b.size and stage not in INDEX_STAGES:
             note = f"compared flat: {form(a)} and {form(b)}"
@@ -321,7 +336,7 @@ class _Sides:
     def _pair(self, stage: str, layer: int) -> tuple[Array, Array] | None:
         """Both sides of a router stage, rows aligned; None where they cannot be."""
         a, b = self.left.read(stage, layer), self.right.read(stage, layer)
-        if self.foreign:
+        if self.foreign or 1 in (a.ndim, b.ndim):
             shape = a.shape if a.ndim >= b.ndim else b.shape
             return (a.reshape(shape), b.reshape(shape)) if a.size == b.size else None
         coordinates = self._coordinates(stage, layer, a, b)

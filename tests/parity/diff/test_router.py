@@ -69,6 +69,11 @@ def test_margins_are_those_between_the_last_chosen_and_the_best_of_the_others():
     ]
 
 
+def test_a_recorded_margin_that_is_none_is_shown_as_none():
+    found = diff_router(0, IDS, IDS, margin_ulp=np.array([-1, 2**32]))
+    assert [token.margin_ulp for token in found.tokens] == [None, None]
+
+
 def test_a_router_that_chooses_every_expert_has_no_margin():
     everything = np.array([[0, 1]], np.int32)
     logits = np.array([[2, 1]], np.float32)

@@ -136,6 +136,23 @@ def test_kept_expert_rows_are_compared_by_position_rank_and_expert(trace):
     assert "one side keeps the rows of some experts only" in diff_traces(left, right).first.text
 
 
+def test_experts_that_no_position_goes_to_are_noted_and_compared_as_nothing(trace):
+    left, right = trace(), trace()
+    key = "moe_expert_up", 1
+    for side in (left, right):
+        side.arrays[key] = side.arrays[key][:0, 0]
+        side.kept[key] = np.zeros((0, 3), np.int32)
+    report = diff_traces(left, right)
+    assert report.equal
+    assert report.notes == ("moe_expert_up, layer 1: neither side has a row of the experts that were kept",)
+    assert (len(report.rows), report.compared) == (44, 44)
+    for side in (left, right):
+        side.arrays = {key: side.arrays[key]}
+    assert not diff_traces(left, right).equal
+    right.kept[key] = np.zeros((1, 3), np.int32)
+    assert diff_traces(left, right).first.verdict is Verdict.SHAPE
+
+
 def test_the_expert_of_a_difference_is_named(trace):
     left, right = trace(), trace()
     right.arrays["moe_expert_out", 0][3, 1, 2] += 1
@@ -257,3 +274,16 @@ def test_the_json_holds_every_row_and_only_numbers_that_json_knows(trace):
     assert (wrong["metrics"]["max_abs"], wrong["metrics"]["cosine"]) == ("inf", None)
     assert wrong["first"]["right_bits"] == "0x7f800000"
     assert len(found["router"][0]["tokens"]) == 5
+
+
+def test_a_trace_of_ours_in_flat_vectors_is_compared_with_one_in_shape(trace):
+    flat = trace()
+    flat.arrays = {key: a.astype(np.float32).reshape(-1) for key, a in flat.arrays.items()}
+    for pair in ((trace(), flat), (flat, trace()), (flat, flat)):
+        report = diff_traces(*pair)
+        assert report.equal
+        assert report.compared == len(KEYS)
+    flat.arrays["q", 1][8] += 1
+    assert str(diff_traces(trace(), flat).first.first.at) == "(1, 2)"
+    flat.positions = flat.positions[::-1]
+    assert {r.verdict for r in diff_traces(trace(), flat).rows} == {Verdict.SHAPE}
