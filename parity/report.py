@@ -1,8 +1,6 @@
 """What a parity run found, as a table for people and as JSON for programs."""
 
-import platform
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from exactmoe.model.stages import WHOLE_MODEL
@@ -14,8 +12,6 @@ if TYPE_CHECKING:
 WIDTH = 100  # of the report where the output is not a terminal
 _NAME_WIDTH = 20
 _FIRST_SHOWN = 20  # differences listed; the JSON has them all
-
-CONTRACT = Path(__file__).resolve().parent.parent / "contracts" / "numerics-v1.yaml"
 
 
 class Setting(NamedTuple):
@@ -31,26 +27,9 @@ class Setting(NamedTuple):
 
 def describe_setting(file: "GGUFFile", profile: str, device: str) -> Setting:
     """The setting of a run of `file`; `device` as given to `run_parity`. Reads the whole file for its digest."""
-    import numpy as np
-    import torch
-    import triton
+    from exactmoe.parity.provenance import device_name, numerics_version, versions
 
-    from exactmoe.kernels.launch import interpreting, resolve_device
-
-    place = resolve_device(device)
-    name = "Triton interpreter on the CPU" if interpreting() else torch.cuda.get_device_name(place)
-    modules = {"torch": torch, "triton": triton, "numpy": np}
-    versions = {name: str(module.__version__) for name, module in modules.items()}
-    versions["python"] = platform.python_version()
-    return Setting(file.path, file.sha256(), numerics_version(), profile, name, versions)
-
-
-def numerics_version() -> str:
-    """Id and version of the numerics contract, as it states them: `numerics-v1 1.0.0`."""
-    import yaml
-
-    metadata = yaml.safe_load(CONTRACT.read_text(encoding="utf-8"))["metadata"]
-    return f"{metadata['id']} {metadata['version']}"
+    return Setting(file.path, file.sha256(), numerics_version(), profile, device_name(device), versions())
 
 
 def verdict(result: ParityResult) -> str:

@@ -20,13 +20,13 @@ import numpy as np
 from exactmoe.kernels.errors import InvalidInput, require
 from exactmoe.kernels.formats import BLOCK, executable_format
 from exactmoe.model.stages import Key
-from exactmoe.parity.bisect.graph import NODES, inputs, order, tensor_name
 from exactmoe.parity.bits import Array, Comparison, canonical_bits, compare
+from exactmoe.parity.graph import NODES, inputs, order, tensor_name
 from exactmoe.parity.run import label
 
 if TYPE_CHECKING:
     from exactmoe.model.gguf.reader import GGUFFile
-    from exactmoe.parity.bisect.steps import Steps
+    from exactmoe.parity.steps import Steps
 
 Progress = Callable[[str], None]
 
@@ -93,9 +93,10 @@ class Evidence:
     def sentence(self) -> str:
         """The answer, in one line."""
         if self.stage is None or self.layer is None or self.place is None or self.origin is None:
-            return f"{self.suspect}: clean, {self.compared} of {self.stages} stages compared, all equal"
+            return f"{self.suspect}: clean, {self.compared} of {self.stages} asked for were compared, all equal"
         p = self.place
-        parts = [f"first wrong stage {label(self.stage, self.layer)}", self.origin.verdict]
+        what = "stage" if self.stages == 1 else "first wrong stage"
+        parts = [f"{what} {label(self.stage, self.layer)}", self.origin.verdict]
         if p.experts is not None:
             parts.append(
                 f"experts {', '.join(map(str, p.experts))}" if len(p.experts) > 1 else f"expert {p.experts[0]}"

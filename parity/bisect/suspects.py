@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exactmoe.kernels.errors import InvalidInput, require
-from exactmoe.parity.bisect.graph import OPS
+from exactmoe.parity.graph import OPS
 
 if TYPE_CHECKING:
     import torch
 
     from exactmoe.model.gguf.reader import GGUFFile
-    from exactmoe.parity.bisect.steps import Steps
+    from exactmoe.parity.steps import Steps
 
 GRAMMAR = "triton | fault:NAME[@LAYER] | OP=FILE.py:FUNCTION | OP=package.module:FUNCTION"
 
@@ -34,8 +34,8 @@ def sides(
     """The reference and the suspect that `spec` names, ready to run inside the block; `device` is where kernels run.
 
     Raises InvalidInput for a spec that names nothing."""
-    from exactmoe.parity.bisect.steps import ReferenceSteps, TritonSteps, replaced
     from exactmoe.parity.load import reference_weights
+    from exactmoe.parity.steps import ReferenceSteps, TritonSteps, replaced
 
     if spec.startswith("fault:"):
         from exactmoe.parity.faults.catalogue_model import find, prepared

@@ -12,12 +12,12 @@ import numpy as np
 
 from exactmoe.kernels.errors import InvalidInput, require
 from exactmoe.model.stages import WHOLE_MODEL, Key
-from exactmoe.parity.bisect.steps import ReferenceSteps, Wants
 from exactmoe.parity.bits import Array
 from exactmoe.parity.faults.catalogue import FAULTS
 from exactmoe.parity.faults.plant import Fault, planted
 from exactmoe.parity.load import reference_weights
 from exactmoe.parity.reference.weights import BLOCK_BYTES, LayerWeights, QuantMatrix, Weights
+from exactmoe.parity.steps import ReferenceSteps, Wants
 
 if TYPE_CHECKING:
     from exactmoe.model.gguf.reader import GGUFFile

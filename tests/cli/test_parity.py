@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from exactmoe.cli import options
-from exactmoe.cli.commands import parity as command
 from exactmoe.model import stages
 from exactmoe.parity.run import Schedule
 
@@ -179,8 +178,8 @@ def test_the_defaults_are_64_positions_of_the_shipped_text_and_4_steps_of_q8_k(
     text.write_text("def f(x):\n    return x\n" * 40)
     monkeypatch.setattr(options, "SHIPPED_TEXT", text)
     path, tokens, *rest = seen(exactmoe, model_file)
-    assert (path, len(tokens), rest) == (str(model_file), command.DEFAULT_POSITIONS, [4, "q8_k", "auto"])
-    assert command.DEFAULT_POSITIONS == 64
+    assert (path, len(tokens), rest) == (str(model_file), options.DEFAULT_POSITIONS, [4, "q8_k", "auto"])
+    assert options.DEFAULT_POSITIONS == 64
     assert tokens == options.encode(options.open_model(model_file)[0], text.read_text())[:64]
 
 

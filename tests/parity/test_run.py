@@ -9,7 +9,8 @@ import pytest
 from exactmoe.kernels.errors import InvalidInput
 from exactmoe.model import stages
 from exactmoe.parity.bits import compare, digest
-from exactmoe.parity.report import Setting, as_json, numerics_version, print_report, verdict
+from exactmoe.parity.provenance import numerics_version
+from exactmoe.parity.report import Setting, as_json, print_report, verdict
 from exactmoe.parity.run import CHUNK, Coverage, ParityResult, Schedule, Tally, compare_sides, plan_schedules
 from exactmoe.parity.sides import KV_ARRAYS, Trace
 

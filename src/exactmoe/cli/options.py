@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from exactmoe.model.config import Config
     from exactmoe.model.gguf.reader import GGUFFile
 
+DEFAULT_POSITIONS = 64
+"""Tokens of a text that a command runs unless told otherwise."""
+
 PROFILES = ("q8_k", "q16_k")
 DEVICES = ("auto", "cuda", "interpret")
 BACKENDS = ("triton", "reference")
@@ -97,6 +100,35 @@ def encode(file: "GGUFFile", text: str) -> list[int]:
 
     ids: list[int] = load_tokenizer(file).encode(text, add_special_tokens=False).ids
     return ids
+
+
+def add_prompt(parser: argparse.ArgumentParser, cut: str = "--first") -> None:
+    """--tokens or --text, and `cut`, the option that cuts a text to its first tokens."""
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--tokens", type=token_ids, metavar="1,2,3", help="the prompt, as token ids")
+    source.add_argument("--text", metavar="FILE", help="the prompt, as text (default: the shipped code)")
+    parser.add_argument(
+        cut,
+        dest="first",
+        type=positive,
+        metavar="N",
+        help=f"cut the text to its first N tokens (default: {DEFAULT_POSITIONS}, or all of a shorter text)",
+    )
+    parser.set_defaults(cut=cut)
+
+
+def prompt(args: argparse.Namespace, file: "GGUFFile") -> list[int]:
+    """The token ids that `add_prompt`'s options name; raises InvalidInput for a text that is empty or too short."""
+    if args.tokens is not None:
+        require(args.first is None, f"{args.cut} {args.first} cuts a text; with --tokens the prompt is what is given")
+        tokens: list[int] = args.tokens
+        return tokens
+    source = args.text or SHIPPED_TEXT
+    tokens = encode(file, read_text(source))
+    require(len(tokens) > 0, f"{source}: the text is empty: no token to run")
+    wanted = args.first or min(DEFAULT_POSITIONS, len(tokens))
+    require(len(tokens) >= wanted, f"{source}: the text has {len(tokens)} tokens, {args.cut} asks for {wanted}")
+    return tokens[:wanted]
 
 
 def read_text(path: str | os.PathLike[str]) -> str:

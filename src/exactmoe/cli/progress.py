@@ -1,7 +1,8 @@
-"""A progress bar for people, on stderr; silent where stderr is not a terminal."""
+"""Progress for people, on stderr; silent where stderr is not a terminal."""
 
+import contextlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -18,3 +19,15 @@ def track(iterable: Iterable[T], description: str, total: int | None = None) -> 
     from rich.console import Console
 
     yield from progress.track(iterable, description, total, console=Console(stderr=True), transient=True)
+
+
+@contextlib.contextmanager
+def status() -> Iterator[Callable[[str], None] | None]:
+    """A line that says what is running now: call what it yields with the words; None where there is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status("starting") as line:
+        yield line.update

@@ -1,17 +1,10 @@
 """`exactmoe parity`: the Triton forward pass against the numpy reference, bit for bit."""
 
 import argparse
-import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
-from exactmoe.cli import options, reports
-from exactmoe.kernels.errors import require
-
-if TYPE_CHECKING:
-    from exactmoe.model.gguf.reader import GGUFFile
+from exactmoe.cli import options, progress, reports
 
 HELP = "compare the Triton kernels with the numpy reference, every stage of every layer, bit for bit"
 EXAMPLES = """examples:
@@ -24,23 +17,13 @@ exit status: 0 every bit is equal, 1 something differs or was not compared, 2 th
 3 no CUDA device where one was demanded
 """
 
-DEFAULT_POSITIONS = 64
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument(
         "model", metavar="MODEL", nargs="?", default=options.SHIPPED_MODEL, help="GGUF file (default: the shipped one)"
     )
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--tokens", type=options.token_ids, metavar="1,2,3", help="the prompt, as token ids")
-    source.add_argument("--text", metavar="FILE", help="the prompt, as text (default: the shipped code)")
-    parser.add_argument(
-        "--positions",
-        type=options.positive,
-        metavar="N",
-        help=f"cut the text to its first N tokens (default: {DEFAULT_POSITIONS}, or all of a shorter text)",
-    )
+    options.add_prompt(parser, "--positions")
     parser.add_argument(
         "--steps", type=options.positive, default=4, metavar="N", help="decode steps after the prompt (default: 4)"
     )
@@ -54,10 +37,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compare and report; 0 if everything was compared and is equal, else 1."""
-    require(
-        args.tokens is None or args.positions is None,
-        f"--positions {args.positions} cuts a text; with --tokens the prompt is what is given",
-    )
     if args.json not in (None, "-"):
         options.require_writable(args.json)
     reports.require_writable(args)
@@ -65,12 +44,12 @@ def run(args: argparse.Namespace) -> int:
 
     resolve_device(args.device)
     file, _ = options.open_model(args.model)
-    tokens = _prompt(args, file)
+    tokens = options.prompt(args, file)
     from exactmoe.parity.report import as_json, describe_setting, print_report
     from exactmoe.parity.run import run_parity
 
     setting = describe_setting(file, args.activations, args.device)
-    with _progress() as tell:
+    with progress.status() as tell:
         result = run_parity(file, tokens, args.steps, args.activations, args.device, tell)
     if args.json is not None:
         text = json.dumps(as_json(result, setting), indent=2) + "\n"
@@ -85,27 +64,3 @@ def run(args: argparse.Namespace) -> int:
         reports.write_reports(args, report_of(result, setting))
     print_report(result, setting, sys.stderr if args.json == "-" else sys.stdout)
     return 0 if result.equal else 1
-
-
-def _prompt(args: argparse.Namespace, file: "GGUFFile") -> list[int]:
-    if args.tokens is not None:
-        tokens: list[int] = args.tokens
-        return tokens
-    source = args.text or options.SHIPPED_TEXT
-    tokens = options.encode(file, options.read_text(source))
-    require(len(tokens) > 0, f"{source}: the text is empty: no token to run")
-    wanted = args.positions or min(DEFAULT_POSITIONS, len(tokens))
-    require(len(tokens) >= wanted, f"{source}: the text has {len(tokens)} tokens, --positions asks for {wanted}")
-    return tokens[:wanted]
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str], None] | None]:
-    """What is running now, on stderr; None where stderr is not a terminal."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-
-    with Console(stderr=True).status("starting") as status:
-        yield status.update

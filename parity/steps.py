@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from exactmoe.kernels.errors import require
 from exactmoe.model.stages import WHOLE_MODEL, Key
-from exactmoe.parity.bisect.graph import NODES, inputs
 from exactmoe.parity.bits import Array
 from exactmoe.parity.faults.plant import in_layer
+from exactmoe.parity.graph import NODES, inputs
 
 if TYPE_CHECKING:
+    from exactmoe.model.gguf.reader import GGUFFile
     from exactmoe.model.weights import Model
     from exactmoe.parity.reference.weights import Weights
 
@@ -32,6 +34,11 @@ class Steps(Protocol):
     """One implementation of the forward pass, whole or stage by stage; numpy in, numpy out."""
 
     n_layers: int
+    n_active: int
+
+    def production(self, tokens: Sequence[int]) -> Array:
+        """Logits f32 [V] of the last of `tokens`, by the production path."""
+        ...
 
     def trace(self, past: Sequence[int], tokens: Sequence[int], plan: Wants) -> dict[Key, Array]:
         """Run `past`, then `tokens` traced; the stages of the latter that `plan` wants."""
@@ -51,7 +58,7 @@ class _Chain:
 
     def __init__(self, module: ModuleType, n_layers: int, n_active: int, n_experts: int, profile: str) -> None:
         self.ops: Any = module
-        self.n_layers, self._active, self._experts, self._profile = n_layers, n_active, n_experts, profile
+        self.n_layers, self.n_active, self._experts, self._profile = n_layers, n_active, n_experts, profile
         self._caches: dict[tuple[int, ...], Any] = {}
 
     def trace(self, past: Sequence[int], tokens: Sequence[int], plan: Wants) -> dict[Key, Array]:
@@ -86,22 +93,25 @@ class _Chain:
         if op == "router_logits":
             return o.router_logits(given[0], self.router(layer))
         if op == "route":
-            routing = o.route(given[0], self._active)
+            routing = o.route(given[0], self.n_active)
             return routing.weight if stage == "moe_router" else routing.expert
         if op == "grouped_matmul":
             return self._experts_matmul(stage, layer, *given)
         if op == "combine":
             out, weight = given
             return o.combine(out.reshape(-1, out.shape[-1]), weight)
-        return getattr(o, op)(*given)  # swiglu, add
+        if op == "swiglu":
+            gate, up = (x.reshape(-1, x.shape[-1]) for x in given)
+            return o.swiglu(gate, up).reshape(given[0].shape)
+        return o.add(*given)
 
     def _experts_matmul(self, stage: str, layer: int, x: Any, expert: Any) -> Any:
         o, T = self.ops, expert.shape[0]
         rows = o.dispatch(expert, self._experts)
-        each = 1 if stage == "moe_expert_out" else self._active
+        each = 1 if stage == "moe_expert_out" else self.n_active
         flat = x.reshape(-1, x.shape[-1])
         y = o.grouped_matmul(self.quant(stage, layer), o.quantize(flat, self._profile), rows, each)
-        return y.reshape(T, self._active, -1)
+        return y.reshape(T, self.n_active, -1)
 
     def cache(self, past: Sequence[int], tokens: Sequence[int]) -> Any:
         """A cache that holds `past`, with room for `tokens`; kept, as only positions after `past` are written."""
@@ -164,6 +174,12 @@ class ReferenceSteps(_Chain):
         stages: dict[Key, Any] = self.ops.forward_traced(self.weights, cache, tokens, self._profile, plan).stages
         return stages
 
+    def production(self, tokens: Sequence[int]) -> Array:
+        from exactmoe.parity.reference.forward import forward
+
+        logits: Array = forward(self.weights, self.new_cache(len(tokens)), tokens, self._profile)
+        return logits
+
     def value(self, array: Array) -> Any:
         return array
 
@@ -206,6 +222,11 @@ class TritonSteps(_Chain):
         stages: dict[Key, Any] = self.ops.forward_traced(self.model, cache, tokens, plan).stages
         return stages
 
+    def production(self, tokens: Sequence[int]) -> Array:
+        from exactmoe.model.forward import forward
+
+        return self.array(forward(self.model, self.new_cache(len(tokens)), tokens))
+
     def value(self, array: Array) -> Any:
         import torch
 
@@ -233,6 +254,21 @@ class TritonSteps(_Chain):
         parts = [(layer, layer.moe) for layer in self.model.layers]
         part = _by_tensor(self.model, parts, tensor)
         return None if part is None or not hasattr(part, "format") else self.array(part.data)
+
+
+def load_steps(file: "GGUFFile", backend: str, profile: str, device: str) -> "Steps":
+    """The reference or the kernels, loaded. Raises InvalidInput for another backend."""
+    require(backend in ("reference", "triton"), f"backend must be reference or triton, got {backend!r}")
+    if backend == "reference":
+        from exactmoe.parity.load import reference_weights
+
+        return ReferenceSteps(reference_weights(file), profile)
+    from exactmoe.kernels.launch import resolve_device
+
+    place = resolve_device(device)
+    from exactmoe.model.weights import load_model
+
+    return TritonSteps(load_model(file, place, profile))
 
 
 _PARTS = {  # stage -> field of a layer's weights, or of the model's; the same on both sides
