@@ -156,11 +156,13 @@ def _histogram(found: Metrics) -> str:
     while len(bars) > 2 and bars[1][1] == 0:  # what lies empty between 0 and the first distance
         del bars[1]
     top = max(count.bit_length() for _, count, _ in bars)
-    width, height, floor = 46 * len(bars) + 8, 168, 118
+    step = max(26, min(46, 1080 // len(bars)))
+    width, height, floor = step * len(bars) + 8, 168, 118
     parts = []
     for x, (label, count, style) in enumerate(bars):
-        middle, tall = 46 * x + 26, round(96 * count.bit_length() / top) if count else 0
-        parts.append(f'<rect class="{style}" x="{middle - 17}" y="{floor - tall}" width="34" height="{tall}"/>')
+        middle, tall = step * x + step // 2 + 3, round(96 * count.bit_length() / top) if count else 0
+        left = middle - step // 2 + 6
+        parts.append(f'<rect class="{style}" x="{left}" y="{floor - tall}" width="{step - 12}" height="{tall}"/>')
         if count:
             parts.append(f'<text text-anchor="middle" x="{middle}" y="{floor - tall - 4}">{_short(count)}</text>')
         parts.append(
