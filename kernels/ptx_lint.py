@@ -394,6 +394,7 @@ def shipped_ops() -> Iterator[Callable[[], object]]:
     from exactmoe.kernels.residual import add
     from exactmoe.kernels.rope import RopeTable, qk_norm_rope
     from exactmoe.kernels.router import RouterWeight, prepare_router, route, router_logits
+    from exactmoe.kernels.stage_digest import stage_digest
     from exactmoe.kernels.swiglu import swiglu, swiglu_quantize
     from exactmoe.kernels.tensors import PROFILES, quant_matrix
 
@@ -422,6 +423,8 @@ def shipped_ops() -> Iterator[Callable[[], object]]:
         yield partial(combine, f32(T * A, D), f32(T, A))
         yield partial(add, f32(T, D), f32(T, D))
         yield partial(argmax, f32(T, V))
+        yield partial(stage_digest, f32(T, D))
+        yield partial(stage_digest, ints(T, A))
         for profile in PROFILES:
             yield partial(quantize, f32(T, D), profile)
             yield partial(rms_norm_quantize, f32(T, D), f32(D), 1e-6, profile)

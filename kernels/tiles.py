@@ -85,3 +85,10 @@ def elementwise(elements: int) -> int:
 def route(tokens: int, experts: int) -> int:
     """Tokens a route program takes; it holds an experts x experts comparison for each."""
     return max(1, min(triton.next_power_of_2(tokens), (1 << 20) // experts**2)) if interpreting() else 1
+
+
+def digest(tokens: int, width: int) -> tuple[int, int]:
+    """(tokens, elements of each) a digest program takes at a time."""
+    if interpreting():
+        return min(triton.next_power_of_2(tokens), 64), min(triton.next_power_of_2(width), 1 << 15)
+    return 1, 1024

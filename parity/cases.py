@@ -584,6 +584,38 @@ class Add(Case):
 
 
 @dataclass(frozen=True)
+class StageDigest(Case):
+    op, module = "stage_digest", "stage_digest"
+    T: int
+    W: int
+    data: str = "normal"
+
+    @property
+    def cost(self) -> int:
+        return self.T * self.W * 16
+
+    def arguments(self) -> tuple[Any, ...]:
+        rng = self.rng()
+        shape = (self.T, self.W)
+        match self.data:
+            case "ids":
+                return (rng.integers(-(2**31), 2**31, shape).astype(np.int32),)
+            case "zeros":  # of both signs
+                return (np.where(rng.random(shape) < 0.5, np.float32(0.0), np.float32(-0.0)),)
+            case "nan":  # of any payload and sign, among infinities
+                bits = rng.integers(0, 2**23, shape) | np.where(rng.random(shape) < 0.5, 0x7F800000, 0xFF800000)
+                bits = np.where(rng.random(shape) < 0.2, bits & 0xFF800000, bits)
+                return (bits.astype(np.uint32).view(np.float32),)
+            case "equal":  # rows that are permutations of one another, and hold each value twice
+                row = np.repeat(floats(rng, (self.W // 2 + 1,), "normal"), 2)[: self.W]
+                return (
+                    np.stack([rng.permutation(row) for _ in range(self.T)]) if self.T else np.zeros(shape, np.float32),
+                )
+            case kind:
+                return (floats(rng, shape, kind),)
+
+
+@dataclass(frozen=True)
 class Argmax(Case):
     op, module = "argmax", "argmax"
     T: int
@@ -770,6 +802,9 @@ def _rest_cases() -> Iterator[Case]:
     for T, V in [(0, 5), (1, 1), (2, 100), (7, 8193), (17, 257), (2, 151936)]:
         yield Argmax(T, V)
     yield from (Argmax(17, 100, data) for data in ("ties", "zeros", "nan", "nonfinite", "tiny"))
+    for T, W in ((0, 4), (1, 0), (1, 1), (3, 1), (7, 33), (5, 1024), (2, 1025), (65, 40), (1, 151936)):
+        yield StageDigest(T, W)
+    yield from (StageDigest(17, 100, data) for data in ("ids", "zeros", "nan", "equal", "nonfinite", "tiny"))
 
 
 def _table() -> dict[str, tuple[Case, ...]]:

@@ -437,4 +437,52 @@ FAULTS: tuple[Fault, ...] = (
         "first: I64 = np.argmax(logits, axis=1)",
         "numpy's argmax returns the first NaN",
     ),
+    Fault(
+        "digest-without-place", "stage_digest", "stage_digest",
+        "terms = _mix(place + bits.astype(np.uint64))",
+        "terms = _mix(0 * place + bits.astype(np.uint64))",
+        "a sum over elements alone: exchanged elements hash alike",
+    ),
+    Fault(
+        "digest-place-added-after", "stage_digest", "stage_digest",
+        "terms = _mix(place + bits.astype(np.uint64))",
+        "terms = place + _mix(bits.astype(np.uint64))",
+        "the place is in the sum, and still tells nothing",
+    ),
+    Fault(
+        "digest-unmixed", "stage_digest", "stage_digest",
+        "terms = _mix(place + bits.astype(np.uint64))",
+        "terms = place + bits.astype(np.uint64)",
+        "one number up and another down hash alike",
+    ),
+    Fault(
+        "digest-sign-lost", "stage_digest", "stage_digest",
+        "bits = rows.view(np.uint32)",
+        "bits = rows.view(np.uint32) & np.uint32(0x7FFFFFFF)",
+        "the magnitude's bits, as in the comparisons of quantise",
+    ),
+    Fault(
+        "digest-zeros-alike", "stage_digest", "stage_digest",
+        "bits = rows.view(np.uint32)",
+        "bits = np.where(rows == 0, np.zeros_like(rows), rows).view(np.uint32)",
+        "-0 equals +0 wherever floats are compared",
+    ),
+    Fault(
+        "digest-keeps-nan-payloads", "stage_digest", "stage_digest",
+        "np.where(np.isnan(rows), np.uint32(0x7FC00000), bits)",
+        "bits",
+        "bits are bits, but a NaN's are the device's",
+    ),
+    Fault(
+        "digest-shifts-arithmetically", "stage_digest", "stage_digest",
+        "mixed: Array = z ^ (z >> np.uint64(31))",
+        "mixed: Array = z ^ (z.view(np.int64) >> 31).view(np.uint64)",
+        "signed 64-bit integers are all a kernel has",
+    ),
+    Fault(
+        "digest-xor", "stage_digest", "stage_digest",
+        "np.sum(terms, axis=1, dtype=np.uint64)",
+        "np.bitwise_xor.reduce(terms, axis=1)",
+        "another reduction that needs no order",
+    ),
 )  # fmt: skip
