@@ -6,7 +6,7 @@ when they are called: a fault planted there, or an op of a user put there, acts 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -30,6 +30,14 @@ class Wants(Protocol):
         ...
 
 
+class Hashed(NamedTuple):
+    """A stage by its hashes."""
+
+    dtype: str  # numpy's name
+    shape: tuple[int, ...]
+    tokens: Array  # [T] i64
+
+
 class Steps(Protocol):
     """One implementation of the forward pass, whole or stage by stage; numpy in, numpy out."""
 
@@ -42,6 +50,10 @@ class Steps(Protocol):
 
     def trace(self, past: Sequence[int], tokens: Sequence[int], plan: Wants) -> dict[Key, Array]:
         """Run `past`, then `tokens` traced; the stages of the latter that `plan` wants."""
+        ...
+
+    def digests(self, past: Sequence[int], tokens: Sequence[int], plan: Wants) -> dict[Key, Hashed]:
+        """As `trace`, with a hash of each token's row in place of the values, computed where the values lie."""
         ...
 
     def step(self, key: Key, read: Mapping[Key, Array], past: Sequence[int], tokens: Sequence[int]) -> Array:
@@ -62,10 +74,16 @@ class _Chain:
         self._caches: dict[tuple[int, ...], Any] = {}
 
     def trace(self, past: Sequence[int], tokens: Sequence[int], plan: Wants) -> dict[Key, Array]:
+        return {key: self.array(value) for key, value in self._stages(past, tokens, plan).items()}
+
+    def digests(self, past: Sequence[int], tokens: Sequence[int], plan: Wants) -> dict[Key, Hashed]:
+        return {key: self.hashed(value) for key, value in self._stages(past, tokens, plan).items()}
+
+    def _stages(self, past: Sequence[int], tokens: Sequence[int], plan: Wants) -> dict[Key, Any]:
         cache = self.new_cache(len(past) + len(tokens))
         if past:
             self.forward(cache, past, _Nothing())
-        return {key: self.array(value) for key, value in self.forward(cache, tokens, plan).items()}
+        return self.forward(cache, tokens, plan)
 
     def step(self, key: Key, read: Mapping[Key, Array], past: Sequence[int], tokens: Sequence[int]) -> Array:
         stage, layer = key
@@ -135,6 +153,9 @@ class _Chain:
     def array(self, value: Any) -> Array:
         raise NotImplementedError
 
+    def hashed(self, value: Any) -> Hashed:
+        raise NotImplementedError
+
     def quant(self, stage: str, layer: int) -> Any:
         raise NotImplementedError
 
@@ -187,6 +208,11 @@ class ReferenceSteps(_Chain):
         array: Array = value
         return array
 
+    def hashed(self, value: Any) -> Hashed:
+        from exactmoe.parity.reference.stage_digest import stage_digest
+
+        return Hashed(value.dtype.name, value.shape, stage_digest(value))
+
     def quant(self, stage: str, layer: int) -> Any:
         return _part(self.weights if layer == WHOLE_MODEL else self.weights.layers[layer], stage)
 
@@ -235,6 +261,12 @@ class TritonSteps(_Chain):
     def array(self, value: Any) -> Array:
         array: Array = value.detach().cpu().numpy()
         return array
+
+    def hashed(self, value: Any) -> Hashed:
+        from exactmoe.kernels.stage_digest import stage_digest
+
+        dtype = str(value.dtype).removeprefix("torch.")
+        return Hashed(dtype, tuple(value.shape), self.array(stage_digest(value.contiguous())))
 
     def quant(self, stage: str, layer: int) -> Any:
         if layer == WHOLE_MODEL:
