@@ -24,8 +24,7 @@ def stage_digest(values: Array) -> I64:
         bits = np.where(np.isnan(rows), np.uint32(0x7FC00000), bits)
     place = np.arange(1, bits.shape[1] + 1, dtype=np.uint64) << np.uint64(32)
     terms = _mix(place + bits.astype(np.uint64))
-    total: Array = np.sum(terms, axis=1, dtype=np.uint64)
-    return total.view(np.int64)
+    return np.asarray(np.sum(terms, axis=1, dtype=np.uint64)).view(np.int64)
 
 
 def _mix(z: Array) -> Array:

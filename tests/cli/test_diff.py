@@ -160,10 +160,10 @@ def test_what_is_no_trace_gives_2(exactmoe, save, tmp_path):
     manifest = cut / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"complete": true', '"complete": false'))
     for other, said in (
-        (tmp_path / "nowhere", "nowhere: there is no such folder"),
+        (tmp_path / "nowhere", "nowhere: there is no such file or folder"),
         (empty, "holds neither manifest.json nor an .aprt file"),
         (cut, "the trace is incomplete"),
-        (file, "file.json: there is no such folder"),
+        (file, "is a trace folder and "),
     ):
         outcome = exactmoe("diff", good, other)
         assert outcome.status == 2, said
@@ -193,3 +193,57 @@ def test_wrong_arguments_give_2(exactmoe, save, arguments, said):
     outcome = exactmoe("diff", save("a"), save("b"), *arguments)
     assert outcome.status == 2
     assert said in outcome.err
+
+
+@pytest.fixture
+def digest(tmp_path):
+    """Write a digest file under a name; `change` edits the arrays it hashes."""
+    from exactmoe.parity.trace.digest import tree_of
+
+    def digest(name, change=None, **header):
+        arrays = {key: values.copy() for key, values in stages()}
+        if change is not None:
+            change(arrays)
+        stated = {"model_sha256": "ab", "numerics": "n", "activations": "q8_k", "tokens": [5, 6, 7], **header}
+        (tmp_path / name).write_text(tree_of(stated, arrays.items()).to_json())
+        return tmp_path / name
+
+    return digest
+
+
+def test_equal_digest_files_are_equal_after_one_hash(exactmoe, digest):
+    outcome = exactmoe("diff", digest("a.json"), digest("b.json"))
+    assert outcome.status == 0
+    assert "DIFF: equal: 10 stages on both sides, 0 differ, 1 hashes compared" in outcome.out
+
+
+def test_differing_digest_files_name_the_rows(exactmoe, digest):
+    def change(arrays):
+        arrays["q", 1][[0, 2]] = arrays["q", 1][[2, 0]]
+
+    outcome = exactmoe("diff", digest("a.json"), digest("b.json", change), "--json")
+    assert outcome.status == 1
+    found = json.loads(outcome.out)
+    assert found["differing"] == [{"stage": "q", "layer": 1, "positions": [0, 2]}]
+    assert not found["equal"]
+    assert "q, layer 1: positions 0, 2" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--atol", "1"], "--atol is for traces"),
+        (["--html", "x.html"], "--html is for traces"),
+        (["--force"], "--force is for"),
+    ],
+)
+def test_options_for_values_are_refused_for_digest_files(exactmoe, digest, arguments, said):
+    outcome = exactmoe("diff", digest("a.json"), digest("b.json"), *arguments)
+    assert outcome.status == 2
+    assert said in outcome.err
+
+
+def test_digest_files_of_other_tokens_are_refused(exactmoe, digest):
+    outcome = exactmoe("diff", digest("a.json"), digest("b.json", tokens=[5, 6, 8]))
+    assert outcome.status == 2
+    assert "differ in tokens" in outcome.err

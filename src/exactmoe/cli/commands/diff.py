@@ -1,20 +1,23 @@
-"""`exactmoe diff`: two traces, stage by stage."""
+"""`exactmoe diff`: two traces, or two digest files, stage by stage."""
 
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from exactmoe.cli import options, reports
+from exactmoe.kernels.errors import InvalidInput, require
 
-HELP = "compare two traces, every stage of every layer"
+HELP = "compare two traces, every stage of every layer, or the digest files of two runs"
 EXAMPLES = """examples:
   exactmoe diff traces/reference traces/h100
   exactmoe diff traces/reference traces/h100 --html report.html --junit report.xml --json report.json
   exactmoe diff traces/reference traces/their-engine --rtol 1e-3 --atol 1e-5
+  exactmoe diff here.json there.json
 
-A and B are folders of `exactmoe trace`; B is judged against A. The rule is bit for bit; --atol and --rtol are for the
-traces of another engine, and the verdict names them.
+A and B are two folders of `exactmoe trace`, or two files of `exactmoe trace --digest`. B is judged against A.
+The rule is bit for bit; --atol and --rtol are for the traces of another engine, and the verdict names them.
 
 exit status: 0 every stage was compared and is equal, 1 something differs or was not compared, 2 the traces are refused:
 not readable, of different tokens, or (without --force) of different models, numerics or activation profiles
@@ -23,8 +26,8 @@ not readable, of different tokens, or (without --force) of different models, num
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("left", metavar="A", help="trace folder to compare with")
-    parser.add_argument("right", metavar="B", help="trace folder to judge")
+    parser.add_argument("left", metavar="A", help="trace folder or digest file to compare with")
+    parser.add_argument("right", metavar="B", help="trace folder or digest file to judge")
     parser.add_argument("--atol", type=_bound, metavar="X", help="allow |a - b| <= X (+ rtol part)")
     parser.add_argument("--rtol", type=_bound, metavar="X", help="allow |a - b| <= X * max(|a|, |b|) (+ atol part)")
     parser.add_argument(
@@ -45,7 +48,12 @@ def run(args: argparse.Namespace) -> int:
     if args.json not in (None, "-"):
         options.require_writable(args.json)
     reports.require_writable(args)
-    return _traces(args)
+    kinds = [_kind(path) for path in (args.left, args.right)]
+    require(
+        kinds[0] == kinds[1],
+        f"{args.left} is a {kinds[0]} and {args.right} a {kinds[1]}: two traces or two digest files are compared",
+    )
+    return _digests(args) if kinds[0] == "digest file" else _traces(args)
 
 
 def _bound(text: str) -> float:
@@ -53,6 +61,14 @@ def _bound(text: str) -> float:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+
+
+def _kind(path: str) -> str:
+    if Path(path).is_dir():
+        return "trace folder"
+    if Path(path).is_file():
+        return "digest file"
+    raise InvalidInput(f"{path}: there is no such file or folder")
 
 
 def _traces(args: argparse.Namespace) -> int:
@@ -70,6 +86,41 @@ def _traces(args: argparse.Namespace) -> int:
     _write_json(args, as_json(report))
     print_report(report, _text_stream(args))
     return 0 if report.equal else 1
+
+
+def _digests(args: argparse.Namespace) -> int:
+    """Two trees of hashes: which rows of which stages differ. There are no values to report."""
+    for option in ("atol", "rtol", "html", "junit"):
+        require(getattr(args, option) is None, f"--{option} is for traces; digest files hold no values")
+    require(not args.force, "--force is for traces; digest files of other runs have no hash in common")
+    from exactmoe.parity.run import label
+    from exactmoe.parity.trace.digest import compare, read_digest
+
+    left, right = read_digest(args.left), read_digest(args.right)
+    found = compare(left, right)
+    rows: dict[tuple[str, int], list[int | None]] = {}
+    for leaf in found.leaves:
+        rows.setdefault((leaf.stage, leaf.layer), []).append(leaf.position)
+    stream = _text_stream(args)
+    for (stage, layer), positions in rows.items():
+        known = [p for p in positions if p is not None]
+        what = f"positions {', '.join(map(str, known))}" if known else "the stage as a whole: form, or on one side only"
+        print(f"{label(stage, layer)}: {what}", file=stream)
+    equal = "equal" if found.equal else "NOT EQUAL"
+    counts = f"{found.stages} stages on both sides, {len(rows)} differ, {found.looked_at} hashes compared"
+    print(f"root       {left.root}\n           {right.root}", file=stream)
+    print(f"DIFF: {equal}: {counts}", file=stream)
+    report = {
+        "equal": found.equal,
+        "roots": [left.root, right.root],
+        "stages": found.stages,
+        "hashes_compared": found.looked_at,
+        "differing": [
+            {"stage": stage, "layer": layer, "positions": positions} for (stage, layer), positions in rows.items()
+        ],
+    }
+    _write_json(args, report)
+    return 0 if found.equal else 1
 
 
 def _text_stream(args: argparse.Namespace) -> Any:
