@@ -8,6 +8,7 @@ compile-only, so what is judged is what is launched: same constexprs, same optio
 
 import argparse
 import ast
+import hashlib
 import importlib
 import json
 import os
@@ -90,6 +91,9 @@ class Found(NamedTuple):
     faults: dict[str, str]  # those that do not pass, with the reason
     registers: int | None  # a thread, from ptxas; None where not asked for
     stack: int | None  # bytes a thread, spills included
+    ptx: str = ""  # SHA-256 of the PTX without comments; "" where it did not compile
+    warps: int = 0
+    shared: int = 0  # bytes of shared memory a program
 
 
 class Report(NamedTuple):
@@ -132,13 +136,16 @@ _MATRIX_COMPUTES = re.compile(r"(wgmma\.mma_async|tcgen05\.mma|w?mma)\.")
 
 def opcodes(ptx: str) -> Counter[str]:
     """Opcodes of a PTX module, inline assembly included, with how often each stands in the text."""
-    text = re.sub(r"//[^\n]*|/\*.*?\*/", "", ptx, flags=re.DOTALL)
     found: Counter[str] = Counter()
-    for statement in re.split(r"[;{}\n]", text):
+    for statement in re.split(r"[;{}\n]", _without_comments(ptx)):
         match = re.match(r"\s*(?:\$?[\w$]+:\s*)*(?:@!?%?\w+\s+)?([a-z][a-z0-9_]*(?:[.:]+[\w]+)*)(?:\s|$)", statement)
         if match:
             found[match[1]] += 1
     return found
+
+
+def _without_comments(ptx: str) -> str:
+    return re.sub(r"//[^\n]*|/\*.*?\*/", "", ptx, flags=re.DOTALL)
 
 
 def is_numeric(opcode: str) -> bool:
@@ -271,6 +278,7 @@ def lint(launches: list[Launch], archs: tuple[int, ...] = ARCHS, resources: bool
     """Compile each launch for each architecture and judge what came out. Leaves a process that can only compile."""
     target = _CompileOnly()
     driver.set_active(target)
+    triton.knobs.compilation.disable_line_info = True  # line numbers and paths would be part of the PTX
     # Assembling takes a third of the time and tells only the resources.
     triton.knobs.runtime.add_stages_inspection_hook = None if resources else _without_assembler
     found: dict[tuple[str, int, str], Found] = {}
@@ -297,7 +305,7 @@ def lint_shipped(archs: tuple[int, ...] = ARCHS, resources: bool = False) -> Rep
     shares = os.cpu_count() or 1
     with ProcessPoolExecutor(shares, get_context("spawn")) as pool:
         parts = pool.map(_lint_share, range(shares), repeat(shares), repeat(archs), repeat(resources))
-        merged = {(f.kernel, f.variant, f.arch): f for part in parts for f in part}
+        merged = {(f.kernel, f.variant, f.arch, f.ptx): f for part in parts for f in part}
     report = Report([merged[key] for key in sorted(merged)], [] if merged else [NOTHING])
     for name in sorted(_jit_functions() - _reached(launch.fn for launch in launches)):
         report.complaints.append(f"{name}: no launch reaches it, so it was not judged")
@@ -326,7 +334,11 @@ def _judge_kernel(launch: Launch, arch: int, compiled: Any, resources: bool) -> 
     if compiled.metadata.enable_fp_fusion:
         faults["enable_fp_fusion"] = "launched without enable_fp_fusion=False: the assembler may contract"
     registers, stack = _resources(compiled.asm["cubin"]) if resources else (None, None)
-    return Found(name, launch.variant, arch, instructions, reviewed, faults, registers, stack)
+    ptx, metadata = _without_comments(compiled.asm["ptx"]), compiled.metadata
+    return Found(
+        name, launch.variant, arch, instructions, reviewed, faults, registers, stack,
+        hashlib.sha256(ptx.encode()).hexdigest(), metadata.num_warps, metadata.shared,
+    )  # fmt: skip
 
 
 def _matches(review: Review, kernel: str, opcode: str) -> bool:
@@ -347,7 +359,7 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 def _modules() -> list[Any]:
-    names = [m.name for m in pkgutil.iter_modules(kernels.__path__) if m.name != "ptx_lint"]
+    names = [m.name for m in pkgutil.iter_modules(kernels.__path__) if m.name not in ("ptx_lint", "ptx_lock")]
     return [importlib.import_module(f"exactmoe.kernels.{name}") for name in names]
 
 

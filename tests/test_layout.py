@@ -180,6 +180,7 @@ NOT_OPS = {
     "tensors": "containers and their checks",
     "tiles": "block sizes, which change no bit",
     "ptx_lint": "judges the compiler's output",
+    "ptx_lock": "keeps what the lint saw",
 }
 
 

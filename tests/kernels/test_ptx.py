@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-from exactmoe.kernels.ptx_lint import ARCHS, judge, opcodes
+from exactmoe.kernels.errors import MissingEnvironment
+from exactmoe.kernels.ptx_lint import ARCHS, Found, judge, opcodes
+from exactmoe.kernels.ptx_lock import differences, lock_of, read_lock
 
 PLANTS = """
 import json, sys
@@ -123,17 +125,35 @@ def plants(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return dict(json.loads(done.stdout))
 
 
-def test_every_shipped_kernel_compiles_to_instructions_that_round_once() -> None:
+@pytest.fixture(scope="module")
+def lint() -> tuple[int, dict[str, Any]]:
+    """Exit status and report of the lint of every shipped kernel."""
     done = _without_interpreter(["-m", "exactmoe.kernels.ptx_lint", "--json"])
     assert done.returncode in (0, 1), done.stderr[-2000:]
-    report = json.loads(done.stdout)
+    return done.returncode, json.loads(done.stdout)
+
+
+def test_every_shipped_kernel_compiles_to_instructions_that_round_once(lint: tuple[int, dict[str, Any]]) -> None:
+    status, report = lint
     faults = [f"{f['kernel']} [{f['variant']}] sm_{f['arch']}: {f['faults']}" for f in report["found"] if f["faults"]]
     assert not faults and not report["complaints"], "\n".join(faults + report["complaints"])
-    assert report["clean"] and done.returncode == 0
+    assert report["clean"] and status == 0
     assert {f["arch"] for f in report["found"]} == set(ARCHS)
     matmuls = {f["variant"] for f in report["found"] if f["kernel"] == "_matmul_kernel" and f["arch"] == 90}
     for part in ("FORMAT=12", "FORMAT=14", "S=1 ", "S=2 ", "E=0 ", "E=128 "):
         assert any(part in variant for variant in matmuls), f"no matmul variant with {part}"
+
+
+def test_every_shipped_kernel_is_as_locked(lint: tuple[int, dict[str, Any]]) -> None:
+    """After a change of a kernel that was meant: python -m exactmoe.kernels.ptx_lock --update"""
+    found = lock_of(Found(**found) for found in lint[1]["found"])
+    locked = read_lock()
+    if found.triton != locked.triton:
+        with pytest.raises(MissingEnvironment, match="not comparable"):
+            differences(locked, found)
+        pytest.fail(f"the lock is of Triton {locked.triton}, this is {found.triton}: nothing was compared")
+    assert len(found.kernels) > 40
+    assert not differences(locked, found), "\n".join(differences(locked, found))
 
 
 @pytest.mark.parametrize(

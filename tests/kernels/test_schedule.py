@@ -39,17 +39,17 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "small": {
         "rows_of_blocks": 1, "norm_rows": 1, "heads": 1, "elementwise": 128, "dispatch": 16, "router": (16, 16),
         "route": 1, "matmul": MatmulTile(16, 16, 4), "grouped_matmul": MatmulTile(16, 16, 4),
-        "attention": AttentionTile(1, 16, 3, 4),
+        "attention": AttentionTile(1, 16, 3, 4), "digest": (1, 32),
     },
     "middle": {
         "rows_of_blocks": 8, "norm_rows": 2, "heads": 8, "elementwise": 512, "dispatch": 64, "router": (32, 16),
         "route": 2, "matmul": MatmulTile(32, 64, 4), "grouped_matmul": MatmulTile(16, 64, 4),
-        "attention": AttentionTile(2, 32, 2, 4),
+        "attention": AttentionTile(2, 32, 2, 4), "digest": (4, 128),
     },
     "large": {
         "rows_of_blocks": 16, "norm_rows": 4, "heads": 16, "elementwise": 2048, "dispatch": 1024, "router": (16, 64),
         "route": 4, "matmul": MatmulTile(64, 128, 8), "grouped_matmul": MatmulTile(64, 32, 8),
-        "attention": AttentionTile(4, 32, 1, 8),
+        "attention": AttentionTile(4, 32, 1, 8), "digest": (16, 1024),
     },
 }  # fmt: skip
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 HELP = "find the first wrong stage, expert and weight block, and whether it was made there"
 EXAMPLES = """examples:
-  exactmoe bisect                                                the kernels against the reference, shipped model
+  exactmoe bisect
   exactmoe bisect model.gguf --suspect route=my_router.py:my_route --first 32 --html report.html
   exactmoe bisect --suspect fault:one-wrong-sub-scale -o evidence.json
   exactmoe bisect --suspect fault:approximate-exp@2 --stage moe_ffn_out@3
