@@ -24,7 +24,8 @@ def test_a_lock_has_every_compilation_for_its_architecture() -> None:
 @pytest.mark.parametrize(
     ("after", "said"),
     [([found(ptx="b" * 64)], "changed  _k M=1: aaaaaaaaaaaa 4 warps 16 B -> bbbbbbbbbbbb"),
-     ([found(warps=8)], "8 warps"), ([found(), found("_new")], "new      _new M=1"), ([found(variant="M=2")], "gone     _k M=1"),
+     ([found(warps=8)], "8 warps"), ([found(), found("_new")], "new      _new M=1"),
+     ([found(variant="M=2")], "gone     _k M=1"),
      ([found(), found(ptx="b" * 64)], "changed  _k M=1")],
 )  # fmt: skip
 def test_what_changed_is_named(after: list[Found], said: str) -> None:
