@@ -1,6 +1,7 @@
 """A bisection as the report that `exactmoe diff` draws: every stage of one more pass of both sides."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -66,4 +67,6 @@ def report_of(
         sides.append(
             _Held({key: stages[key] for key in order(reference.n_layers) if key in stages}, manifest, steps.n_active)
         )
-    return diff_traces(sides[0], sides[1], names=("reference", evidence["found"]["suspect"]))
+    suspect_name = evidence["found"]["suspect"]
+    report = diff_traces(sides[0], sides[1], names=("reference", suspect_name))
+    return replace(report, title=f"bisection of {suspect_name}")

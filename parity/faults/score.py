@@ -1,6 +1,6 @@
 """How well bisection names the faults of the catalogue.
 
-    python -m exactmoe.parity.faults.score [MODEL] [--json [FILE]] [--markdown]
+    python -m exactmoe.parity.faults.score [MODEL] [--json [FILE]] [--html FILE] [--markdown]
 
 Every fault is planted and bisected, and so is its control, the same planting without the mistake. The exit status is 0
 where all are caught and named to the stage, all faults of one expert or block to the expert or block, and all controls
@@ -192,6 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m exactmoe.parity.faults.score", description="Score of bisection.")
     parser.add_argument("model", nargs="?", type=Path, default=_FOLDER / "qwen3-moe-tiny.gguf", metavar="MODEL")
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="JSON to FILE, or in place of the text")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="a page with what each metric says of each fault")
     parser.add_argument("--markdown", action="store_true", help="the tables of the README in place of the text")
     args = parser.parse_args(argv)
     try:
@@ -209,6 +210,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 sys.stdout.write(text)
             else:
                 Path(args.json).write_text(text, encoding="utf-8")
+        if args.html is not None:
+            from exactmoe.parity.html.score import render_score
+
+            args.html.write_text(render_score(result), encoding="utf-8")
         if args.json != "-":
             print(markdown(result) if args.markdown else table(result))
     except (InvalidInput, OSError) as error:

@@ -31,12 +31,17 @@ def render_report(report: DiffReport, evidence: Mapping[str, Any] | None = None)
     sections += [(report.what.capitalize(), _stages(report)), ("What was compared", _provenance(report))]
     body = "".join(f"<section>{f'<h2>{escape(head)}</h2>' if head else ''}{part}</section>" for head, part in sections)
     outcome = "Equal" if report.equal else "Not equal"
+    return shell(f"{outcome}: {report.title}", report.title, _banner(report, outcome) + body)
+
+
+def shell(title: str, head: str, body: str) -> str:
+    """A whole page around `body`, which is HTML; `title` of the window and `head` are text."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        f"<title>{escape(outcome)}: {escape(report.title)}</title><style>{CSS}</style></head>"
-        f"<body><main><h1>{escape(report.title)}</h1>{_banner(report, outcome)}{body}</main></body></html>\n"
+        f"<title>{escape(title)}</title><style>{CSS}</style></head>"
+        f"<body><main><h1>{escape(head)}</h1>{body}</main></body></html>\n"
     )
 
 

@@ -13,6 +13,7 @@ from exactmoe.parity.faults.catalogue_model import MODEL_FAULTS, find, prepared
 from exactmoe.parity.faults.plant import Fault, planted
 from exactmoe.parity.faults.power import METRICS, detected
 from exactmoe.parity.faults.score import TOKENS, Score, markdown, score, table
+from exactmoe.parity.html.score import render_score
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,21 @@ def test_only_bits_detect_every_fault(result: Score) -> None:
     assert power["bits"] == (n, n)
     assert set(power) == set(METRICS)
     assert all(stage < n for name, (stage, _) in power.items() if name != "bits")
+
+
+def test_the_page_says_of_every_fault_what_each_metric_saw(result: Score) -> None:
+    page = render_score(result)
+    lines = [line for line in page.split("<tr>") if '<td class="tag">' in line]
+    assert len(lines) == len(result.rows)
+    for row, line in zip(result.rows, lines, strict=True):
+        assert f">{row.fault}</th>" in line
+        cells = [cell.split("</td>")[0] for cell in line.split('<td class="tag">')[1:]]
+        stage, logits = row.stage_metrics.values(), row.logit_metrics.values()
+        assert [["apart" not in half for half in cell.split(" / ")] for cell in cells] == [
+            list(pair) for pair in zip(stage, logits, strict=True)
+        ]
+    assert "://" not in page
+    assert "<script" not in page
 
 
 def test_a_score_of_nothing_is_not_perfect() -> None:
