@@ -1,6 +1,7 @@
 """The catalogue of whole-model faults: every one is named, every control is clean, and bits see more than the rest."""
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -46,6 +47,11 @@ def test_only_bits_detect_every_fault(result: Score) -> None:
     assert power["bits"] == (n, n)
     assert set(power) == set(METRICS)
     assert all(stage < n for name, (stage, _) in power.items() if name != "bits")
+
+
+def test_the_readme_has_this_score(result: Score) -> None:
+    readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
+    assert markdown(result) in readme
 
 
 def test_the_page_says_of_every_fault_what_each_metric_saw(result: Score) -> None:
