@@ -10,7 +10,7 @@ from typing import Protocol, cast
 from exactmoe import __version__
 from exactmoe.kernels.errors import InvalidInput, MissingEnvironment
 
-COMMANDS = ("parity", "logits", "generate", "inspect", "synth", "trace", "diff", "bisect", "neutrality")
+COMMANDS = ("parity", "logits", "generate", "inspect", "synth", "trace", "diff", "bisect", "neutrality", "contracts")
 """Every command; the module of each is `exactmoe.cli.commands.<name>`."""
 
 REFUSED = 2
