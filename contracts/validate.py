@@ -64,7 +64,7 @@ class Report:
 
 
 def files(paths: Sequence[Path]) -> list[Path]:
-    """The contracts that `paths` name: a file is itself, a folder every *.yaml in it. A path not there is an OSError."""
+    """The contracts that `paths` name: a file is itself, a folder every *.yaml in it. Raises OSError."""
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
@@ -95,7 +95,7 @@ def validate(paths: Sequence[Path], *, root: Path | None = None, dialect: Dialec
     """Validate the contracts that `paths` name. Tests are looked for below `root`, by default `root_of` each file."""
     report = Report()
     chosen = files(paths)
-    graph = _graph(chosen)
+    graph = _neighbours(chosen)
     for path in chosen:
         loaded, findings = load(path, dialect)
         here = root or root_of(path)
@@ -126,15 +126,18 @@ def _dialect(document: Document) -> Dialect:
     return "house" if any(isinstance(text, str) and binding.is_node_id(text) for text in flat) else "pv"
 
 
-def _graph(chosen: Sequence[Path]) -> dict[str, list[str]]:
+def _neighbours(chosen: Sequence[Path]) -> dict[str, list[str]]:
     """What every contract given, and every other in their folders, depends on."""
-    paths = [*chosen, *(other for path in chosen for other in sorted(path.parent.glob("*.yaml")))]
+    return dependencies([*chosen, *(other for path in chosen for other in sorted(path.parent.glob("*.yaml")))])
+
+
+def dependencies(paths: Sequence[Path]) -> dict[str, list[str]]:
+    """The names of the contracts `paths`, each with what it depends on; nothing where the file does not say."""
     graph: dict[str, list[str]] = {}
     for path in dict.fromkeys(path.resolve() for path in paths):
         data = read(path).data
         metadata = data.get("metadata") if isinstance(data, dict) else None
         depends = metadata.get("depends_on") if isinstance(metadata, dict) else None
-        graph.setdefault(
-            path.stem, [name for name in depends if isinstance(name, str)] if isinstance(depends, list) else []
-        )
+        names = depends if isinstance(depends, list) else []
+        graph.setdefault(path.stem, [name for name in names if isinstance(name, str)])
     return graph
