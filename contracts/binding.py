@@ -32,11 +32,23 @@ def fault(node_id: str, root: Path) -> str | None:
         ]
         if not found:
             return f"{path} has no {name}"
+        if _marks(scope) & _EXCUSES:
+            return f"what holds {name} is marked to be skipped or to fail; it proves nothing"
         scope = found[-1]
-        marks = {mark.attr for d in scope.decorator_list for mark in ast.walk(d) if isinstance(mark, ast.Attribute)}
-        if marks & _EXCUSES:
+        if _marks(scope) & _EXCUSES:
             return f"{name} is marked to be skipped or to fail; it proves nothing"
     return None if isinstance(scope, ast.FunctionDef) else f"{names[-1]} is a class, not a test function"
+
+
+def _marks(scope: ast.AST) -> set[str]:
+    """The names of the marks of a function or class, or those that a module's or class's `pytestmark` gives."""
+    marking: list[ast.expr] = list(getattr(scope, "decorator_list", ()))
+    marking += [
+        statement.value
+        for statement in ast.iter_child_nodes(scope)
+        if isinstance(statement, ast.Assign) and any(ast.unparse(t) == "pytestmark" for t in statement.targets)
+    ]
+    return {mark.attr for expression in marking for mark in ast.walk(expression) if isinstance(mark, ast.Attribute)}
 
 
 @cache

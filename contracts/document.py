@@ -65,13 +65,15 @@ def read(path: Path) -> Document:
 def parse(text: str, path: Path) -> Document:
     """The document of a text; `path` is what the findings name."""
     document = Document(path, text)
-    loader = yaml.SafeLoader(text)
     try:
         for event in yaml.parse(text, yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent):
                 document.findings.append(_at(document, "YAML-003", event.start_mark, "an alias: write the value out"))
+            elif tag := getattr(event, "tag", None):
+                said = f"the tag {tag}: write a plain value"
+                document.findings.append(_at(document, "YAML-003", event.start_mark, said))
         if not document.findings:
-            node = loader.get_single_node()
+            node = yaml.compose(text, yaml.SafeLoader)
             if node is not None:
                 document.data = _build(document, node, ())
             if not isinstance(document.data, dict):
@@ -82,8 +84,6 @@ def parse(text: str, path: Path) -> Document:
         document.findings.append(_at(document, "YAML-001", mark, said))
     except yaml.YAMLError as error:
         document.findings.append(Finding(shown(path), 1, 1, "YAML-001", " ".join(str(error).split())))
-    finally:
-        loader.dispose()
     return document
 
 
@@ -95,8 +95,6 @@ def _at(document: Document, code: str, mark: Any, message: str) -> Finding:
 def _build(document: Document, node: yaml.Node, where: Where) -> Any:
     """The value of a node; notes its position and those of everything below it."""
     document.values[where] = Position(node.start_mark.line + 1, node.start_mark.column + 1)
-    if node.tag and not node.tag.startswith("tag:yaml.org,2002:"):
-        document.findings.append(_at(document, "YAML-003", node.start_mark, f"the tag {node.tag}: write a plain value"))
     if isinstance(node, yaml.ScalarNode):
         return _scalar(node)
     if isinstance(node, yaml.SequenceNode):

@@ -117,8 +117,8 @@ def _version(c: Contract, _: Context) -> Iterator[Breach]:
 
 
 @_rule("SCHEMA-003", "there is an equation", everywhere=True)
-def _equations(c: Contract, _: Context) -> Iterator[Breach]:
-    if c.provable and _is_kernel(c) and not c.equations:
+def _equations(c: Contract, context: Context) -> Iterator[Breach]:
+    if _promises(c, context) and not c.equations:
         yield ("equations",), "equations: there is none"
 
 
@@ -193,8 +193,8 @@ def _kani_bounds(c: Contract, _: Context) -> Iterator[Breach]:
 
 
 @_rule("SCHEMA-013", "there is a qa_gate", severity="warning", everywhere=True)
-def _qa_gate(c: Contract, _: Context) -> Iterator[Breach]:
-    if c.provable and _is_kernel(c) and c.qa_gate is None:
+def _qa_gate(c: Contract, context: Context) -> Iterator[Breach]:
+    if _promises(c, context) and c.qa_gate is None:
         yield ("qa_gate",), "qa_gate is missing"
 
 
@@ -231,7 +231,7 @@ def _declared_parents(c: Contract, _: Context) -> Iterator[Breach]:
 
 @_rule("PROVABILITY-001", "a contract has obligations, and at least as many falsifiers", everywhere=True)
 def _provability(c: Contract, context: Context) -> Iterator[Breach]:
-    if not c.provable or (context.dialect == "pv" and not _is_kernel(c)):
+    if not _promises(c, context):
         return
     obligations, falsifiers = len(c.proof_obligations), len(c.falsification_tests)
     if not obligations:
@@ -242,9 +242,9 @@ def _provability(c: Contract, context: Context) -> Iterator[Breach]:
         yield ("falsification_tests",), f"falsification_tests: {falsifiers} for {obligations} proof_obligations"
 
 
-def _is_kernel(c: Contract) -> bool:
-    """Whether it is a kernel to `pv`, which takes a contract without a kind for one; all our provable kinds are."""
-    return c.metadata.kind in ("", "kernel", "numerics", "format", "model", "performance")
+def _promises(c: Contract, context: Context) -> bool:
+    """Whether equations, obligations and falsifiers are asked: of every provable contract here, of kernels by `pv`."""
+    return c.provable and (context.dialect == "house" or c.metadata.kind in ("", "kernel"))
 
 
 # What this project asks of its own contracts.
