@@ -187,31 +187,6 @@ class Contract(_Section):
 
 _FREE = ("amendment_history", "implementation_stages")
 """Keys that provable-contracts does not read, so that its files write them in any shape."""
-_FOREIGN = frozenset(
-    [
-        "where",
-        "note",
-        "notes",
-        "rationale",
-        "codomain",
-        "binds_to",
-        "status",
-        "scope",
-        "name",
-        "description",
-        "kind",
-        "verification",
-        "additional_checks",
-        "discharge",
-        "discharges",
-        "evidence",
-        "na_reason",
-        "na_owner",
-        "symbols",
-        "definitions",
-    ]
-)
-"""Keys that files of that project carry without a reader: accepted in its dialect without a word."""
 
 
 def shape(document: Document, dialect: Dialect) -> tuple[Contract | None, list[Finding]]:
@@ -230,10 +205,11 @@ def shape(document: Document, dialect: Dialect) -> tuple[Contract | None, list[F
     for problem in problems:
         where: Where = tuple(problem["loc"])
         if problem["type"] == "extra_forbidden":
-            if dialect == "pv" and where[-1] in _FOREIGN:
+            hint = _slip(where) or (_meant(where) if dialect == "house" else "")
+            if dialect == "pv" and not hint:  # `pv` reads past keys that it does not know, and its files use that
                 continue
             severity: Literal["error", "warning"] = "warning" if dialect == "pv" else "error"
-            message = f"{spelled(where)}: unknown key{_meant(where)}"
+            message = f"{spelled(where)}: unknown key{hint}"
             findings.append(document.finding("KEY-001", where, message, severity=severity, at_key=True))
         else:
             broken = True
@@ -261,15 +237,26 @@ def _without(value: Any, unknown: set[Where], where: Where) -> Any:
     return value
 
 
+def _slip(where: Where) -> str:
+    """A hint for a key that a known one differs from by case, separators or a plural, or that stands too high."""
+    if where == ("kind",):
+        return "; it belongs under metadata as metadata.kind"
+    forms = _forms(str(where[-1]))
+    near = next((name for name in _model_at(where[:-1]).model_fields if forms & _forms(name)), None)
+    return f"; did you mean {near}?" if near else ""
+
+
+def _forms(key: str) -> set[str]:
+    plain = key.lower().replace("_", "").replace("-", "")
+    return {plain, plain.removesuffix("s"), plain.removesuffix("es")}
+
+
 def _meant(where: Where) -> str:
-    """A hint for an unknown key: the nearest known one of its section, or where it belongs."""
+    """A hint for a key that is spelt nearly as a known one of its section, or that belongs into another."""
     key = str(where[-1])
-    known = list(_model_at(where[:-1]).model_fields)
-    squashed = {name.replace("_", "").rstrip("s"): name for name in known}
-    near = squashed.get(key.lower().replace("_", "").replace("-", "").rstrip("s"))
-    near = near or next(iter(difflib.get_close_matches(key.lower(), known, 1, 0.75)), None)
+    near = difflib.get_close_matches(key.lower(), list(_model_at(where[:-1]).model_fields), 1, 0.75)
     if near:
-        return f"; did you mean {near}?"
+        return f"; did you mean {near[0]}?"
     if len(where) == 1 and key in Metadata.model_fields:
         return f"; it belongs under metadata as metadata.{key}"
     return ""

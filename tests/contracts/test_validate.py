@@ -189,7 +189,9 @@ SPOILT = {
         "1:1: PROVABILITY-001",
         1,
     ),
-    "an unheard-of key": (PV_KERNEL, "    codomain:", "    co-domain:", "11:5: KEY-001 warning", 0),
+    "a key nearly known": (PV_KERNEL, "    codomain:", "    co-domain:", "11:5: KEY-001 warning", 0),
+    "a section in the singular": (PV_KERNEL, "kani_harnesses:", "kani_harness:", "46:1: KEY-001 warning", 0),
+    "a kind at the top": (PV_PATTERN, "scope:", "kind:", "13:1: KEY-001 warning", 0),
     "a tolerance in words": (PV_KERNEL, "1e-7", "tiny", "17:16: TYPE-001", 1),
     "a key twice": (PV_PATTERN, "scope:", "status:", "13:1: YAML-002", 1),
     "a parent undeclared": (
