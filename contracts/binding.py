@@ -23,7 +23,10 @@ def fault(node_id: str, root: Path) -> str | None:
     file = root / path
     if not file.is_file():
         return f"there is no file {path}"
-    scope: ast.AST = _parsed(file, file.stat().st_mtime_ns)
+    try:
+        scope: ast.AST = _parsed(file, file.stat().st_mtime_ns)
+    except (SyntaxError, UnicodeDecodeError) as error:
+        return f"{path} is not Python: {error}"
     for name in names:
         found = [
             node

@@ -117,8 +117,9 @@ def _count(report: Report, contract: Contract, root: Path) -> None:
 
 def _dialect(document: Document) -> Dialect:
     """`pv` for a contract that neither has its file's name as its id nor cites a pytest node."""
-    data = document.data if isinstance(document.data, dict) else {}
-    metadata, tests = data.get("metadata"), data.get("falsification_tests")
+    if not isinstance(document.data, dict):
+        return "house"
+    metadata, tests = document.data.get("metadata"), document.data.get("falsification_tests")
     if isinstance(metadata, dict) and metadata.get("id") == document.stem:
         return "house"
     cited = [entry.get("test") for entry in tests if isinstance(entry, dict)] if isinstance(tests, list) else []

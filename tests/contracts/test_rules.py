@@ -150,6 +150,7 @@ SPOILT: list[tuple[str, str, str, str | tuple[str, str], str]] = [
     ("BIND-003", "37:5", "proof_obligations[1].falsified_by", "    falsified_by: [F-1, F-2]\n", ""),
     ("SCOPE-001", "35:17", "proof_obligations[0].applies_to", "applies_to: double", "applies_to: doubled"),
     ("SCOPE-001", "30:5", "proof_obligations[0].applies_to", "    applies_to: double\n", ""),
+    ("COVERS-001", "20:7", "metadata.covers[0]", "    - kernels/double.py\n", "    - kernels/a**\n"),
     ("COVERS-001", "20:7", "metadata.covers[0]", "    - kernels/double.py\n", "    - kernels/triple.py\n"),
     ("COVERS-001", "20:7", "metadata.covers[0]", "    - kernels/double.py\n", "    - ../outside.py\n"),
     ("COVERS-001", "1:1", "metadata.covers", "  covers:\n    - kernels/double.py\n", ""),
@@ -244,3 +245,10 @@ def test_a_test_excused_by_what_holds_it_is_no_binding(project: Path, text: str)
     said = [finding.message for finding in report.findings if finding.code == "BIND-002"]
     assert any("marked to be skipped or to fail" in message for message in said), said
     assert report.falsifiers_bound == 0
+
+
+def test_a_test_file_that_is_not_python_binds_nothing(project: Path) -> None:
+    (project / "tests" / "test_double.py").write_text("def test_two_doubles_to_four(:\n")
+    report = validate([project / "contracts" / "good-v1.yaml"])
+    assert all("is not Python" in finding.message for finding in report.findings)
+    assert [finding.code for finding in report.findings] == ["BIND-002", "BIND-002", "STAGE-002"]
