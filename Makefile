@@ -28,6 +28,7 @@ check-types: $(INSTALLED)
 
 check-contracts: $(INSTALLED)
 	$(BIN)/python -m exactmoe.contracts.check
+	$(BIN)/exactmoe contracts diff --rev HEAD~1 --if-any contracts
 
 fix: $(INSTALLED)  ## rewrite what ruff can format and repair
 	$(BIN)/ruff format .
