@@ -252,3 +252,13 @@ def test_a_test_file_that_is_not_python_binds_nothing(project: Path) -> None:
     report = validate([project / "contracts" / "good-v1.yaml"])
     assert all("is not Python" in finding.message for finding in report.findings)
     assert [finding.code for finding in report.findings] == ["BIND-002", "BIND-002", "STAGE-002"]
+
+
+def test_the_readme_lists_every_rule_as_it_is() -> None:
+    readme = (Path(__file__).resolve().parents[2] / "contracts" / "README.md").read_text()
+    rows = [f"| {code} | {says} | pv |" for code, says in READING.items()]
+    for rule in RULES.values():
+        marks = ["pv"] * rule.everywhere + ["warning"] * (rule.severity == "warning")
+        rows.append(f"| {rule.code} | {rule.says} | {', '.join(marks)} |")
+    table = readme[readme.index("| code | says |") :].splitlines()[2:]
+    assert table[: len(rows)] == rows
