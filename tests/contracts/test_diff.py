@@ -237,3 +237,11 @@ def test_a_revision_that_is_not_there_is_refused_unless_it_may_be_absent(
     assert "HEAD~1" in capsys.readouterr().err
     assert diff("--if-any", "--rev", "HEAD~1", folder) == 0
     assert capsys.readouterr().out.startswith("nothing was compared: git rev-parse")
+
+
+def test_where_no_formal_predicate_stands_the_property_is_the_promise(good: str) -> None:
+    informal = good.replace("    formal: y % 2 = 0\n", "")
+    (change,) = compare(
+        parse(informal, PATH), parse(informal.replace("the result is even", "it is even"), PATH)
+    ).changes
+    assert str(change) == "changed proof_obligations[OBL-1].property (major)"

@@ -213,3 +213,14 @@ def test_the_rules_of_pv_hold_for_a_contract_in_its_form(
     path.write_text(text.replace(old, new, 1))
     assert validate(path) == status
     assert f"{path}:{said}" in capsys.readouterr().out
+
+
+def test_a_contract_of_this_project_does_not_become_a_foreign_one_by_losing_its_id(
+    project: Path, good: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = project / "contracts" / "good-v1.yaml"
+    path.write_text(good.replace("  id: good-v1\n", "").replace("  covers:\n    - kernels/double.py\n", ""))
+    assert validate(path) == 1
+    out = capsys.readouterr().out
+    assert "FIELD-001 metadata.id" in out
+    assert "COVERS-001" in out
