@@ -27,7 +27,7 @@ check-types: $(INSTALLED)
 	$(BIN)/mypy
 
 check-contracts: $(INSTALLED)
-	$(BIN)/python -m exactmoe.contracts.check
+	$(BIN)/exactmoe contracts validate --dialect house --strict contracts
 	$(BIN)/exactmoe contracts diff --rev HEAD~1 --if-any contracts
 
 fix: $(INSTALLED)  ## rewrite what ruff can format and repair
