@@ -104,12 +104,27 @@ def swiglu_of(gate, up):
 def inverse_rms(x, width, eps):
     """1 / sqrt(mean(x^2) + eps) of each row of f32 [M, W], zero beyond `width`; the mean is a sum of integers."""
     top = tl.max(magnitude(x), axis=1)  # [M]
-    finite = top < INF_BITS
-    e = tl.where(finite, tl.maximum(exponent(top), -100), 0)
-    fixed = tl.where(finite[:, None], x, 0.0) * pow2(23 - e)[:, None]
-    i = fixed.to(tl.int32).to(tl.int64)
-    total = tl.sum(i * i, axis=1).to(tl.float32)
-    down = pow2(e - 23)
+    i = fixed_point_23(x, top[:, None])
+    return inverse_rms_of(tl.sum(i * i, axis=1), top, width, eps)
+
+
+@triton.jit
+def _exponent_23(top):
+    return tl.where(top < INF_BITS, tl.maximum(exponent(top), -100), 0)
+
+
+@triton.jit
+def fixed_point_23(x, top):
+    """`x` as i64 below 2^24, scaled by the largest magnitude `top` of its row; zero in a row with inf or NaN."""
+    fixed = tl.where(top < INF_BITS, x, 0.0) * pow2(23 - _exponent_23(top))
+    return fixed.to(tl.int32).to(tl.int64)
+
+
+@triton.jit
+def inverse_rms_of(squares, top, width, eps):
+    """1 / sqrt(mean + eps) from the exact sum of the squares of `fixed_point_23`."""
+    total = squares.to(tl.float32)
+    down = pow2(_exponent_23(top) - 23)
     mean = (tl.div_rn(total, tl.full(total.shape, width, tl.float32)) * down) * down
     return nan_where(top >= INF_BITS, reciprocal(tl.sqrt_rn(mean + eps)))
 
@@ -120,26 +135,62 @@ def quantize_8(x):
     W: tl.constexpr = x.shape[1]
     mag = magnitude(x)
     top = tl.max(mag, axis=1)  # [M]
-    live = (top >= TINY_BITS) & (top < INF_BITS)
-    # The first element of largest magnitude gives the sign: smallest index wins, its sign rides in the low bit.
-    key = tl.where(mag == top[:, None], tl.arange(0, W)[None, :] * 2 + (x < 0).to(tl.int32), 2 * W)
-    negative = (tl.min(key, axis=1) & 1) == 1
+    key = sign_key(x, mag, top[:, None], tl.arange(0, W)[None, :])
+    s, scale = factors_8(top, tl.min(key, axis=1))
+    return codes_8(x, top[:, None], s[:, None]), scale
+
+
+@triton.jit
+def sign_key(x, mag, top, index):
+    """A key whose minimum over a row tells the sign of its largest magnitude, of the first where several are equal.
+
+    The smallest index wins, its sign rides in the low bit."""
+    return tl.where(mag == top, index * 2 + (x < 0).to(tl.int32), 1 << 30)
+
+
+@triton.jit
+def _live(top):
+    """Whether a group with largest magnitude `top` is quantised; below it is zero, above it is NaN."""
+    return (top >= TINY_BITS) & (top < INF_BITS)
+
+
+@triton.jit
+def factors_8(top, key):
+    """What a row is multiplied by, and its scale."""
+    live = _live(top)
     amax = from_bits(tl.where(live, top, 0x3F800000))
-    s = tl.div_rn(tl.full(amax.shape, -127.0, tl.float32), tl.where(negative, 0.0 - amax, amax))
-    q = tl.minimum(round_even(tl.where(live[:, None], x, 0.0) * s[:, None]), 127)
-    return q, nan_where(top >= INF_BITS, tl.where(live, reciprocal(s), 0.0))
+    s = tl.div_rn(tl.full(amax.shape, -127.0, tl.float32), tl.where((key & 1) == 1, 0.0 - amax, amax))
+    return s, nan_where(top >= INF_BITS, tl.where(live, reciprocal(s), 0.0))
+
+
+@triton.jit
+def codes_8(x, top, s):
+    """i32 codes -127..127."""
+    return tl.minimum(round_even(tl.where(_live(top), x, 0.0) * s), 127)
 
 
 @triton.jit
 def quantize_15(x):
     """Each row of f32 [M, W] as i32 in -16256..16256 and one f32 scale amax/16256."""
     top = tl.max(magnitude(x), axis=1)  # [M]
-    live = (top >= TINY_BITS) & (top < INF_BITS)
+    s, scale = factors_15(top)
+    return codes_15(x, top[:, None], s[:, None]), scale
+
+
+@triton.jit
+def factors_15(top):
+    """What a row is multiplied by, and its scale."""
+    live = _live(top)
     amax = from_bits(tl.where(live, top, 0x3F800000))
     full = tl.full(amax.shape, 16256.0, tl.float32)
-    v = round_even(tl.where(live[:, None], x, 0.0) * tl.div_rn(full, amax)[:, None])
-    v = tl.minimum(tl.maximum(v, -16256), 16256)
-    return v, nan_where(top >= INF_BITS, tl.where(live, tl.div_rn(amax, full), 0.0))
+    return tl.div_rn(full, amax), nan_where(top >= INF_BITS, tl.where(live, tl.div_rn(amax, full), 0.0))
+
+
+@triton.jit
+def codes_15(x, top, s):
+    """i32 codes -16256..16256."""
+    v = round_even(tl.where(_live(top), x, 0.0) * s)
+    return tl.minimum(tl.maximum(v, -16256), 16256)
 
 
 @triton.jit

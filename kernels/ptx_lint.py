@@ -454,6 +454,47 @@ def shipped_ops() -> Iterator[Callable[[], object]]:
                 yield partial(grouped_matmul, gate, x, rows, A)
                 if T == 1:
                     yield partial(grouped_matmul, down, h, rows, 1)
+    yield from _decode_ops(D, H, G, C, E, A, F, V, P)
+
+
+def _decode_ops(
+    D: int, H: int, G: int, C: int, E: int, A: int, F: int, V: int, P: int
+) -> Iterator[Callable[[], object]]:
+    """The ops of a decode step."""
+    from exactmoe.kernels.argmax import choose
+    from exactmoe.kernels.decode_attention import decode_attention
+    from exactmoe.kernels.decode_experts import experts_down, experts_up
+    from exactmoe.kernels.decode_router import Routed, decode_router
+    from exactmoe.kernels.kv_cache import KVLayer
+    from exactmoe.kernels.matvec import Norm, matvec
+    from exactmoe.kernels.packed import PackedMatrix, operand_words, pack
+    from exactmoe.kernels.rope import RopeTable
+    from exactmoe.kernels.router import RouterWeight
+    from exactmoe.kernels.tensors import PROFILES, quant_matrix, slices
+
+    f32, one = torch.empty, torch.zeros(1, dtype=torch.int32)
+
+    def packed(type_name: str, k: int, *rows: int) -> PackedMatrix:
+        fmt = EXECUTABLE[type_name]
+        data = torch.empty(*rows, fmt.block_bytes * k // 256, dtype=torch.uint8)
+        return pack(quant_matrix(data, fmt, "weight"))
+
+    norm, head_norm = Norm(f32(D), 1e-6), Norm(f32(C), 1e-6)
+    k, v = (torch.empty(P, G, C, dtype=torch.int16) for _ in range(2))
+    kv, rope = KVLayer(k, f32(P, G), v, f32(P, G)), RopeTable(f32(P, C // 2), f32(P, C // 2))
+    yield partial(decode_attention, f32((H + 2 * G) * C), head_norm, head_norm, rope, kv, one)
+    yield partial(choose, f32(37 * V), one, one)  # in parts
+    gate = packed("Q4_K", D, E, F)
+    for profile in PROFILES:
+        yield partial(matvec, [packed("Q4_K", D, (H + 2 * G) * C)], f32(D), profile, norm)
+        yield partial(matvec, [packed("Q4_K", D, (H + G) * C), packed("Q6_K", D, G * C)], f32(D), profile, norm)
+        yield partial(matvec, [packed("Q4_K", H * C, D)], f32(H * C), profile, None, f32(D))
+        yield partial(matvec, [packed("Q6_K", D, 37 * V)], f32(D), profile, norm)
+        yield partial(decode_router, f32(D), norm, RouterWeight(torch.empty(E, D, dtype=torch.int32), f32(E)), profile)
+        routed = Routed(f32(E), torch.empty(operand_words(D, slices(profile)), dtype=torch.int32))
+        yield partial(experts_up, routed, gate, gate, A)
+        for type_name in EXECUTABLE:
+            yield partial(experts_down, routed, f32(A, F), packed(type_name, F, E, D), f32(D), profile)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -62,8 +62,8 @@ def qk_norm_rope(x: Tensor, weight: Tensor, eps: float, table: RopeTable, start:
     if T * n:
         M = tiles.heads(T * n)
         _qk_norm_rope_kernel[(triton.cdiv(T * n, M),)](
-            x, weight, *table, out, eps, start, T * n, HEADS=n, C=C, C2=triton.next_power_of_2(C),
-            H2=triton.next_power_of_2(C // 2), M=M, num_warps=4, **FAITHFUL,
+            x, weight, *table, out, eps, start, T * n, HEADS=n, C=C, C2=triton.next_power_of_2(C), M=M,
+            num_warps=4, **FAITHFUL,
         )  # fmt: skip
     return out
 
@@ -71,20 +71,28 @@ def qk_norm_rope(x: Tensor, weight: Tensor, eps: float, table: RopeTable, start:
 @triton.jit(do_not_specialize=["start", "rows"])
 def _qk_norm_rope_kernel(
     x_ptr, w_ptr, cos_ptr, sin_ptr, out_ptr, eps, start, rows,
-    HEADS: tl.constexpr, C: tl.constexpr, C2: tl.constexpr, H2: tl.constexpr, M: tl.constexpr,
+    HEADS: tl.constexpr, C: tl.constexpr, C2: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * M + tl.arange(0, M)
     live = row < rows
-    at = row.to(tl.int64)[:, None] * C
-    j = tl.arange(0, C2)
-    r = inverse_rms(tl.load(x_ptr + at + j[None, :], live[:, None] & (j < C)[None, :], 0.0), C, eps)[:, None]
-    i = tl.arange(0, H2)
+    at = row.to(tl.int64) * C
+    y = normed_rotated(x_ptr + at, live, w_ptr, cos_ptr, sin_ptr, start + row // HEADS, eps, C, C2)
+    c = tl.arange(0, C2)
+    tl.store(out_ptr + at[:, None] + c[None, :], y, live[:, None] & (c < C)[None, :])
+
+
+@triton.jit
+def normed_rotated(head_ptr, live, w_ptr, cos_ptr, sin_ptr, position, eps, C: tl.constexpr, C2: tl.constexpr):
+    """Heads at `head_ptr` [M], normed and rotated to `position` [M], as f32 [M, C2]."""
     half: tl.constexpr = C // 2
-    mask = live[:, None] & (i < half)[None, :]
-    a = (tl.load(x_ptr + at + i[None, :], mask, 0.0) * r) * tl.load(w_ptr + i, i < half, 0.0)[None, :]
-    b = (tl.load(x_ptr + at + half + i[None, :], mask, 0.0) * r) * tl.load(w_ptr + half + i, i < half, 0.0)[None, :]
-    turn = (start + row // HEADS).to(tl.int64)[:, None] * half + i[None, :]
+    c = tl.arange(0, C2)
+    pair = tl.where(c < half, c + half, c - half)  # the element each one turns with
+    mask = live[:, None] & (c < C)[None, :]
+    x = tl.load(head_ptr[:, None] + c[None, :], mask, 0.0)
+    r = inverse_rms(x, C, eps)[:, None]
+    y = (x * r) * tl.load(w_ptr + c, c < C, 0.0)[None, :]
+    z = (tl.load(head_ptr[:, None] + pair[None, :], mask, 0.0) * r) * tl.load(w_ptr + pair, c < C, 0.0)[None, :]
+    turn = position.to(tl.int64)[:, None] * half + (c % half)[None, :]
     cos = tl.load(cos_ptr + turn, mask, 0.0)
     sin = tl.load(sin_ptr + turn, mask, 0.0)
-    tl.store(out_ptr + at + i[None, :], a * cos - b * sin, mask)
-    tl.store(out_ptr + at + half + i[None, :], b * cos + a * sin, mask)
+    return tl.where((c < half)[None, :], y * cos - z * sin, y * cos + z * sin)

@@ -136,24 +136,51 @@ def _route_kernel(
     e = tl.arange(0, E2)
     real = (t < T)[:, None] & (e < E)[None, :]
     logit = tl.load(logits_ptr + t.to(tl.int64)[:, None] * E + e[None, :], real, 0.0)
+    prob, rank, bad = ranked(logit, real, t < T, E, E2)
+    total = top_sum(prob, rank, A)
+    for k in tl.static_range(A):
+        at = t.to(tl.int64) * A + k
+        tl.store(weight_ptr + at, weight_of(of_rank(rank, k, prob), bad, total, A), t < T)
+        tl.store(expert_ptr + at, of_rank(rank, k, tl.broadcast_to(e[None, :], rank.shape)), t < T)
+
+
+@triton.jit
+def ranked(logit, real, live, E: tl.constexpr, E2: tl.constexpr):
+    """Probability and rank of every expert of rows of logits [BT, E2], and whether a row holds NaN or infinity [BT].
+
+    `real` says which elements are logits, `live` which rows are tokens."""
+    e = tl.arange(0, E2)
     bad = tl.max(magnitude(logit), axis=1) >= INF_BITS  # [BT]
     logit = tl.where(bad[:, None], 0.0, logit)
     m = tl.max(tl.where((e < E)[None, :], logit, float("-inf")), axis=1)
     p = tl.where(real, exp(logit - m[:, None]), 0.0)
     den = tl.sum(round_even(p * P_ONE).to(tl.int64), axis=1).to(tl.float32) * (1.0 / P_ONE)
-    den = tl.where(t < T, den, 1.0)[:, None]
+    den = tl.where(live, den, 1.0)[:, None]
     prob = tl.div_rn(p, tl.broadcast_to(den, p.shape))
     # Probabilities are not negative, so their bits order them; the low half prefers the smaller id.
     key = tl.where((e < E)[None, :], (bits_of(prob).to(tl.int64) << 32) | (E2 - e)[None, :].to(tl.int64), -1)
-    rank = tl.sum((key[:, None, :] > key[:, :, None]).to(tl.int32), axis=2)  # experts that beat this one
-    total = tl.zeros([BT], tl.float32)
+    return prob, tl.sum((key[:, None, :] > key[:, :, None]).to(tl.int32), axis=2), bad  # experts that beat this one
+
+
+@triton.jit
+def top_sum(prob, rank, A: tl.constexpr):
+    """Probabilities of ranks 0..A-1, folded in that order, [BT]."""
+    total = tl.zeros([prob.shape[0]], tl.float32)
     for k in tl.static_range(A):
-        total = total + tl.max(tl.where(rank == k, prob, 0.0), axis=1)
+        total = total + of_rank(rank, k, prob)
+    return total
+
+
+@triton.jit
+def weight_of(prob, bad, total, A: tl.constexpr):
+    """Renormalised weight of a chosen expert from its probability; the arguments have one shape."""
     none = total <= 0.0
-    uniform = tl.div_rn(tl.full([BT], 1.0, tl.float32), tl.full([BT], A, tl.float32))
-    total = tl.where(none, 1.0, total)
-    for k in tl.static_range(A):
-        w = tl.div_rn(tl.max(tl.where(rank == k, prob, 0.0), axis=1), total)
-        at = t.to(tl.int64) * A + k
-        tl.store(weight_ptr + at, nan_where(bad, tl.where(none, uniform, w)), t < T)
-        tl.store(expert_ptr + at, tl.max(tl.where(rank == k, e[None, :], 0), axis=1), t < T)
+    uniform = tl.div_rn(tl.full(total.shape, 1.0, tl.float32), tl.full(total.shape, A, tl.float32))
+    w = tl.div_rn(prob, tl.where(none, 1.0, total))
+    return nan_where(bad, tl.where(none, uniform, w))
+
+
+@triton.jit
+def of_rank(rank, k, values):
+    """What `values` [BT, E2], not negative, hold for the expert of rank `k`, [BT]."""
+    return tl.max(tl.where(rank == k, values, tl.zeros_like(values)), axis=1)

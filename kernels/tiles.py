@@ -26,6 +26,15 @@ class AttentionTile(NamedTuple):
     warps: int
 
 
+class MatvecTile(NamedTuple):
+    """One program computes `rows` output features at a time, `ahead` blocks in flight; at most `programs` run."""
+
+    rows: int
+    warps: int
+    programs: int
+    ahead: int
+
+
 _MATMUL_INTERPRET = (MatmulTile(16, 1024, 4), MatmulTile(64, 512, 4), MatmulTile(256, 512, 4))
 _MATMUL_CUDA = (MatmulTile(16, 64, 4), MatmulTile(64, 64, 4))
 
@@ -92,3 +101,41 @@ def digest(tokens: int, width: int) -> tuple[int, int]:
     if interpreting():
         return min(triton.next_power_of_2(tokens), 64), min(triton.next_power_of_2(width), 1 << 15)
     return 1, 1024
+
+
+def matvec(rows: int, blocks: int) -> MatvecTile:
+    """Tile for `rows` output features of `blocks` blocks each, for one token."""
+    if interpreting():
+        return MatvecTile(max(4, min(triton.next_power_of_2(rows), 4096)), 4, 1 << 20, 1)
+    return MatvecTile(16, 4, 4 * 132, 8)
+
+
+def decode_router(experts: int) -> int:
+    """Experts whose logits one program computes, for one token."""
+    return experts if interpreting() else 1
+
+
+def experts_up(rows: int) -> MatvecTile:
+    """Tile for `rows` rows of the gate and as many of the up matrix of each expert, for one token."""
+    if interpreting():
+        return MatvecTile(max(4, min(triton.next_power_of_2(rows), 4096)), 4, 0, 1)
+    return MatvecTile(16, 4, 0, 8)
+
+
+def experts_down(rows: int) -> MatvecTile:
+    """Tile for `rows` rows of the down matrix, each of all chosen experts, for one token."""
+    if interpreting():
+        return MatvecTile(max(4, min(triton.next_power_of_2(rows), 4096)), 4, 0, 1)
+    return MatvecTile(16, 8, 0, 4)
+
+
+def decode_attention(keys: int) -> tuple[int, int]:
+    """(keys at a time, warps) of a program of one token's attention; at most 128 keys, or sums leave i32."""
+    if interpreting():
+        return min(triton.next_power_of_2(keys), 128), 4
+    return 128, 8
+
+
+def argmax(columns: int) -> int:
+    """Logits a program of the first of argmax's two launches compares."""
+    return int(min(triton.next_power_of_2(columns), 1 << 18 if interpreting() else 1024))

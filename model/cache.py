@@ -8,6 +8,7 @@ from torch import Tensor
 from exactmoe.kernels.errors import require
 from exactmoe.kernels.kv_cache import KVLayer
 from exactmoe.kernels.rope import RopeTable, rope_table
+from exactmoe.model.decode import Decoder
 from exactmoe.model.weights import Model
 
 
@@ -21,6 +22,7 @@ class KVCache:
     v_scale: Tensor  # [L, P, G] f32
     rope: RopeTable
     length: int = 0
+    decoder: Decoder | None = None  # of this sequence's single tokens
 
     @staticmethod
     def allocate(model: Model, capacity: int) -> "KVCache":

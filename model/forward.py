@@ -1,4 +1,4 @@
-"""The production forward pass of Qwen3-MoE. Prefill chunks and decode steps are the same code: T rows after `length`.
+"""The production forward pass of Qwen3-MoE: chunks of T rows after `length`; a chunk of one is a decode step.
 
 T tokens, D model width, H query heads, G kv heads, C head width, E experts, A active, F expert width, V vocabulary."""
 
@@ -17,6 +17,7 @@ from exactmoe.kernels.quantize import quantize
 from exactmoe.kernels.residual import add
 from exactmoe.kernels.rope import qk_norm_rope
 from exactmoe.model.cache import KVCache
+from exactmoe.model.decode import Decoder
 from exactmoe.model.moe import moe_ffn
 from exactmoe.model.weights import Layer, Model
 
@@ -34,8 +35,13 @@ def prefill(
 def forward(model: Model, cache: KVCache, tokens: Sequence[int] | Tensor, all_positions: bool = False) -> Tensor:
     """Run T tokens after those in `cache`, which grows by T; logits f32 [V] of the last, or [T, V] of all.
 
-    A tensor of tokens on the device is taken as it is, so that a sampled token need not visit the host."""
+    A tensor of tokens on the device is taken as it is, so that a sampled token need not visit the host. One token alone
+    is a decode step."""
     ids = check_tokens(model, cache, tokens)
+    if ids.shape[0] == 1:
+        decoder = decoder_of(model, cache)
+        decoder.step(ids)
+        return decoder.logits[None].clone() if all_positions else decoder.logits.clone()
     x = embed(model.embedding, ids)  # [T, D]
     for i, layer in enumerate(model.layers):
         x = add(x, _attention(model, layer, cache, i, x))
@@ -44,6 +50,13 @@ def forward(model: Model, cache: KVCache, tokens: Sequence[int] | Tensor, all_po
     last = x if all_positions else x[-1:]
     logits = matmul(model.output, rms_norm_quantize(last, model.output_norm, model.eps, model.profile).activations)
     return logits if all_positions else logits[0]
+
+
+def decoder_of(model: Model, cache: KVCache) -> Decoder:
+    """The decode steps of the sequence in `cache`, made at the first."""
+    if cache.decoder is None:
+        cache.decoder = Decoder(model, cache)
+    return cache.decoder
 
 
 def _attention(model: Model, layer: Layer, cache: KVCache, i: int, x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import dataclass
+from itertools import groupby
 from os import PathLike
 from typing import NamedTuple
 
@@ -10,10 +11,13 @@ from torch import Tensor
 
 from exactmoe.kernels.errors import require
 from exactmoe.kernels.formats import executable_format
+from exactmoe.kernels.matvec import Norm
+from exactmoe.kernels.packed import pack
 from exactmoe.kernels.tensors import QuantMatrix, quant_matrix, slices
 from exactmoe.model.config import Config, check_model
 from exactmoe.model.gguf.reader import GGUFFile, open_gguf
 from exactmoe.model.moe import MoeWeights, moe_weights
+from exactmoe.model.packed import PackedLayer, PackedWeights
 
 
 class Layer(NamedTuple):
@@ -22,7 +26,7 @@ class Layer(NamedTuple):
     attn_norm: Tensor  # [D] f32
     q: QuantMatrix  # [H*C, D]
     k: QuantMatrix  # [G*C, D]
-    v: QuantMatrix  # [G*C, D]
+    v: QuantMatrix  # [G*C, D]; these three share the memory of one stack where their formats are the same
     q_norm: Tensor  # [C] f32
     k_norm: Tensor  # [C] f32
     attn_output: QuantMatrix  # [D, H*C]
@@ -41,6 +45,7 @@ class Model:
     layers: tuple[Layer, ...]
     output_norm: Tensor  # [D] f32
     output: QuantMatrix  # [V, D]
+    packed: PackedWeights  # of the decode step
 
     @property
     def eps(self) -> float:
@@ -61,13 +66,30 @@ def load_model(source: GGUFFile | str | PathLike[str], device: torch.device, act
     def matrix(name: str) -> QuantMatrix:
         return quant_matrix(_to_device(file, name, device), executable_format(file.tensors[name].type_name, name), name)
 
-    def layer(i: int) -> Layer:
+    def stack(*names: str) -> list[QuantMatrix]:
+        """Matrices of one width, those of one format one below the other in memory; the stacks, then the matrices."""
+        types = [file.tensors[name].type_name for name in names]
+        runs = [list(run) for _, run in groupby(range(len(names)), key=types.__getitem__)]
+        stacks, parts = [], []
+        for run in runs:
+            rows = [_on_host(file, names[i]) for i in run]
+            fmt = executable_format(types[run[0]], names[run[0]])
+            whole = torch.empty(sum(map(len, rows)), rows[0].shape[1], dtype=torch.uint8, device=device)
+            stacks.append(quant_matrix(whole, fmt, " and ".join(names[i] for i in run)))
+            parts_of = torch.split(whole, [len(r) for r in rows])
+            for i, part, found in zip(run, parts_of, rows, strict=True):
+                part.copy_(found)
+                parts.append(quant_matrix(part, fmt, names[i]))
+        return [*parts, *stacks]
+
+    def layer(i: int) -> tuple[Layer, PackedLayer]:
         b = f"blk.{i}."
-        return Layer(
+        q, k, v, *stacks = stack(b + "attn_q.weight", b + "attn_k.weight", b + "attn_v.weight")
+        found = Layer(
             attn_norm=floats(b + "attn_norm.weight"),
-            q=matrix(b + "attn_q.weight"),
-            k=matrix(b + "attn_k.weight"),
-            v=matrix(b + "attn_v.weight"),
+            q=q,
+            k=k,
+            v=v,
             q_norm=floats(b + "attn_q_norm.weight"),
             k_norm=floats(b + "attn_k_norm.weight"),
             attn_output=matrix(b + "attn_output.weight"),
@@ -79,21 +101,41 @@ def load_model(source: GGUFFile | str | PathLike[str], device: torch.device, act
                 matrix(b + "ffn_down_exps.weight"),
             ),
         )
+        return found, PackedLayer(
+            attn_norm=Norm(found.attn_norm, eps),
+            qkv=tuple(pack(stacked) for stacked in stacks),
+            q_norm=Norm(found.q_norm, eps),
+            k_norm=Norm(found.k_norm, eps),
+            attn_output=pack(found.attn_output),
+            ffn_norm=Norm(found.ffn_norm, eps),
+            router=found.moe.router,
+            gate=pack(found.moe.gate),
+            up=pack(found.moe.up),
+            down=pack(found.moe.down),
+        )
 
+    eps = float(config.eps)
+    layers = [layer(i) for i in range(config.n_layers)]
+    output_norm, output = floats("output_norm.weight"), matrix("output.weight")
     return Model(
         config=config,
         profile=activations,
         device=device,
         embedding=matrix("token_embd.weight"),
-        layers=tuple(layer(i) for i in range(config.n_layers)),
-        output_norm=floats("output_norm.weight"),
-        output=matrix("output.weight"),
+        layers=tuple(found for found, _ in layers),
+        output_norm=output_norm,
+        output=output,
+        packed=PackedWeights(tuple(packed for _, packed in layers), Norm(output_norm, eps), pack(output)),
     )
 
 
 def _to_device(file: GGUFFile, name: str, device: torch.device) -> Tensor:
+    return _on_host(file, name).to(device)
+
+
+def _on_host(file: GGUFFile, name: str) -> Tensor:
     require(name in file.tensors, f"{file.path}: tensor {name} is missing")
     with warnings.catch_warnings():
         # The map is read-only and torch has no read-only tensors; nothing here writes to weights.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(file.tensor(name)).to(device)
+        return torch.from_numpy(file.tensor(name))

@@ -15,8 +15,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from exactmoe.parity.reference.decode_router import Routed
 from exactmoe.parity.reference.dispatch import Dispatch
 from exactmoe.parity.reference.kv_cache import KVLayer
+from exactmoe.parity.reference.matvec import Norm
+from exactmoe.parity.reference.packed import operand
 from exactmoe.parity.reference.quantize import Activations
 from exactmoe.parity.reference.rope import RopeTable
 from exactmoe.parity.reference.router import RouterWeight
@@ -40,6 +43,8 @@ class Case(ABC):
 
     op: ClassVar[str]  # the op's function name, the same in kernels/ and parity/reference/
     module: ClassVar[str]  # the file it lives in
+    writes: ClassVar[int | None] = None  # the argument that the op writes to
+    packed: ClassVar[bool] = False  # whether its kernel takes weights packed
 
     @abstractmethod
     def arguments(self) -> tuple[Any, ...]:
@@ -361,6 +366,7 @@ class QkNormRope(Case):
 @dataclass(frozen=True)
 class Append(Case):
     op, module = "append", "kv_cache"
+    writes = 2
     T: int
     G: int
     C: int
@@ -644,6 +650,137 @@ class Argmax(Case):
         return (logits.astype(np.float32),)
 
 
+@dataclass(frozen=True)
+class Matvec(Case):
+    op, module = "matvec", "matvec"
+    packed = True
+    N: int
+    K: int
+    format: str
+    profile: str
+    second: str = ""  # format of a second matrix, of 7 rows
+    around: str = "plain"  # norm before, residual after
+    data: str = "normal"
+
+    @property
+    def cost(self) -> int:
+        return self.N * self.K
+
+    def arguments(self) -> tuple[Any, ...]:
+        rng = self.rng()
+        kind = self.data if self.data in ("worst", "heavy", "zero", "subnormal") else "normal"
+        weights = [blocks(rng, (self.N,), self.K, self.format, kind)]
+        if self.second:
+            weights.append(blocks(rng, (7,), self.K, self.second, kind))
+        x = floats(rng, (1, self.K), "normal" if kind == self.data else self.data)[0]
+        if self.data == "worst":
+            x[:] = 1  # every code at its bound
+        norm = Norm(floats(rng, (self.K,), "normal"), np.float32(EPS)) if self.around == "norm" else None
+        rows = self.N + 7 * bool(self.second)
+        return weights, x, self.profile, norm, floats(rng, (rows,), "normal") if self.around == "residual" else None
+
+
+@dataclass(frozen=True)
+class DecodeRouter(Case):
+    op, module = "decode_router", "decode_router"
+    E: int
+    D: int
+    profile: str
+    data: str = "normal"
+
+    @property
+    def cost(self) -> int:
+        return self.E * self.D * 16
+
+    def arguments(self) -> tuple[Any, ...]:
+        rng = self.rng()
+        _, weight = RouterLogits(1, self.E, self.D).arguments()
+        x = floats(rng, (1, self.D), self.data)[0]
+        return x, Norm(floats(rng, (self.D,), "normal"), np.float32(EPS)), weight, self.profile
+
+
+def routed(rng: Generator, e: int, d: int, profile: str, data: str) -> Routed:
+    """Logits of `e` experts, of the kinds of `Route`, and the operand of a row of `d`."""
+    logits, _ = Route(1, e, 1, data).arguments()
+    return Routed(logits[0], operand(activations(rng, 1, d, profile, "normal")))
+
+
+@dataclass(frozen=True)
+class ExpertsUp(Case):
+    op, module = "experts_up", "decode_experts"
+    packed = True
+    E: int
+    A: int
+    F: int
+    D: int
+    format: str
+    second: str  # of the up matrix
+    profile: str
+    data: str = "normal"
+
+    @property
+    def cost(self) -> int:
+        return self.A * self.F * self.D * 2
+
+    def arguments(self) -> tuple[Any, ...]:
+        rng = self.rng()
+        gate, up = (blocks(rng, (self.E, self.F), self.D, fmt, "normal") for fmt in (self.format, self.second))
+        return routed(rng, self.E, self.D, self.profile, self.data), gate, up, self.A
+
+
+@dataclass(frozen=True)
+class ExpertsDown(Case):
+    op, module = "experts_down", "decode_experts"
+    packed = True
+    E: int
+    A: int
+    F: int
+    D: int
+    format: str
+    profile: str
+    data: str = "normal"
+
+    @property
+    def cost(self) -> int:
+        return self.A * self.F * self.D
+
+    def arguments(self) -> tuple[Any, ...]:
+        rng = self.rng()
+        down = blocks(rng, (self.E, self.D), self.F, self.format, "normal")
+        h = floats(rng, (self.A, self.F), "normal")
+        x = floats(rng, (self.D,), "normal")
+        return routed(rng, self.E, 256, self.profile, self.data), h, down, x, self.profile
+
+
+@dataclass(frozen=True)
+class DecodeAttention(Case):
+    op, module = "decode_attention", "decode_attention"
+    writes = 4
+    H: int
+    G: int
+    C: int
+    position: int
+    data: str = "normal"
+
+    @property
+    def cost(self) -> int:
+        return self.H * self.C * (self.position + 1) * 8
+
+    def arguments(self) -> tuple[Any, ...]:
+        rng = self.rng()
+        kind = self.data if self.data in ("huge", "tiny") else "normal"
+        qkv = floats(rng, (self.H + 2 * self.G, self.C), kind).reshape(-1)
+        if self.data == "new":  # the new key and value are not finite
+            qkv[self.H * self.C], qkv[-1] = np.nan, np.inf
+        q_norm, k_norm = (Norm(floats(rng, (self.C,), "normal"), np.float32(EPS)) for _ in range(2))
+        if self.data == "peaked":
+            q_norm.weight[:] *= np.float32(60)
+        angle = rng.uniform(-np.pi, np.pi, (self.position + 1 + CACHE_SLACK, self.C // 2))
+        table = RopeTable(np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32))
+        kv = cache(rng, self.position + 1, self.G, self.C, self.data)
+        return qkv, q_norm, k_norm, table, kv, np.array([self.position], np.int32)
+
+
 _ROWS = (0, 1, 2, 7, 17, 64, 65, 130)
 _KINDS = ("outlier", "zero", "tiny", "halves", "twins", "huge", "wide", "nonfinite")
 
@@ -807,10 +944,50 @@ def _rest_cases() -> Iterator[Case]:
     yield from (StageDigest(17, 100, data) for data in ("ids", "zeros", "nan", "equal", "nonfinite", "tiny"))
 
 
+def _decode_cases() -> Iterator[Case]:
+    for fmt, profile in product(BLOCK_BYTES, PROFILES):
+        for N, K in [(1, 256), (16, 512), (33, 768), (130, 256), (48, 2048), (17, 4096)]:
+            yield Matvec(N, K, fmt, profile)
+        for data in ("worst", "heavy", "zero", "subnormal", "outlier", "tiny", "nonfinite"):
+            yield Matvec(23, 512, fmt, profile, data=data)
+        for second, around in product(("", *BLOCK_BYTES), ("norm", "residual")):
+            if not (second and around == "residual"):
+                yield Matvec(23, 768, fmt, profile, second, around)
+        yield Matvec(23, 512, fmt, profile, around="norm", data="nonfinite")
+        yield Matvec(151936, 2048, fmt, profile, around="norm")
+        yield Matvec(4608, 2048, fmt, profile, "Q6_K", "norm")
+    for profile in PROFILES:
+        for E, D in [(1, 256), (12, 768), (128, 2048), (5, 4096)]:
+            yield DecodeRouter(E, D, profile)
+        yield from (DecodeRouter(12, 512, profile, data) for data in ("outlier", "zero", "tiny", "huge", "nonfinite"))
+        for E, A, F, D in [(1, 1, 256, 256), (12, 3, 256, 512), (7, 7, 512, 256), (128, 8, 256, 256)]:
+            for fmt, second in (("Q4_K", "Q4_K"), ("Q4_K", "Q6_K"), ("Q6_K", "Q4_K")):
+                yield ExpertsUp(E, A, F, D, fmt, second, profile)
+            for fmt in BLOCK_BYTES:
+                yield ExpertsDown(E, A, F, D + 7, fmt, profile)
+        for data in ("equal", "ties", "peaked", "nonfinite"):
+            yield ExpertsUp(12, 3, 256, 256, "Q4_K", "Q4_K", profile, data)
+            yield ExpertsDown(12, 3, 256, 256, "Q6_K", profile, data)
+        yield ExpertsUp(128, 8, 768, 2048, "Q4_K", "Q4_K", profile)
+        yield from (ExpertsDown(128, 8, 768, 2048, fmt, profile) for fmt in BLOCK_BYTES)
+    for H, G, C, position in [
+        (1, 1, 32, 0),
+        (8, 2, 64, 1),
+        (6, 2, 100, 17),
+        (8, 1, 128, 127),
+        (4, 4, 64, 128),
+        (2, 1, 64, 700),
+    ]:
+        yield DecodeAttention(H, G, C, position)
+    for data in ("worst", "wide", "zero", "nonfinite", "overflow", "peaked", "huge", "tiny", "new"):
+        yield DecodeAttention(4, 2, 64, 37, data)
+    yield DecodeAttention(32, 4, 128, 4095)
+
+
 def _table() -> dict[str, tuple[Case, ...]]:
     groups = (
         _embed_cases(), _norm_cases(), _quantise_cases(), _matmul_cases(), _rope_cases(), _cache_cases(),
-        _attention_cases(), _router_cases(), _rest_cases(),
+        _attention_cases(), _router_cases(), _rest_cases(), _decode_cases(),
     )  # fmt: skip
     table: dict[str, list[Case]] = {}
     for group in groups:
@@ -834,29 +1011,38 @@ def reference_output(case: Case) -> dict[str, NDArray[Any]]:
     run = getattr(import_module(f"exactmoe.parity.reference.{case.module}"), case.op)
     with np.errstate(all="ignore"):
         result = run(*args)
-    return _named(args[2] if case.op == "append" else result)
+    return _outputs(case, result, args)
 
 
 def kernel_output(
     case: Case, device: "torch.device", arguments: tuple[Any, ...] | None = None, **options: Any
 ) -> dict[str, NDArray[Any]]:
     """What the kernel makes of a case (or of `arguments` in its place) on `device`; `options` go to the op."""
-    args = tensors(case.arguments() if arguments is None else arguments, device)
+    args = tensors(case.arguments() if arguments is None else arguments, device, case.packed)
     run = getattr(import_module(f"exactmoe.kernels.{case.module}"), case.op)
     with np.errstate(all="ignore"):  # the interpreter computes in numpy
         result = run(*args, **options)
-    return _named(args[2] if case.op == "append" else result)
+    return _outputs(case, result, args)
 
 
-def tensors(args: tuple[Any, ...], device: "torch.device") -> tuple[Any, ...]:
-    """A case's arguments as the kernels take them."""
-    return tuple(_tensors(arg, device) for arg in args)
+def _outputs(case: Case, result: Any, args: tuple[Any, ...]) -> dict[str, NDArray[Any]]:
+    """What an op returned and what it wrote, by name."""
+    returned = {} if result is None else _named(result)
+    return returned | ({} if case.writes is None else _named(args[case.writes]))
 
 
-_KERNEL_HOME = {"Dispatch": "dispatch", "KVLayer": "kv_cache", "RopeTable": "rope", "RouterWeight": "router"}
+def tensors(args: tuple[Any, ...], device: "torch.device", packed: bool = False) -> tuple[Any, ...]:
+    """A case's arguments as the kernels take them, weights `packed` where its kernel wants them so."""
+    return tuple(_tensors(arg, device, packed) for arg in args)
 
 
-def _tensors(arg: Any, device: "torch.device") -> Any:
+_KERNEL_HOME = {
+    "Dispatch": "dispatch", "KVLayer": "kv_cache", "Norm": "matvec", "RopeTable": "rope", "Routed": "decode_router",
+    "RouterWeight": "router",
+}  # fmt: skip
+
+
+def _tensors(arg: Any, device: "torch.device", packed: bool) -> Any:
     import torch
 
     from exactmoe.kernels import tensors as kernel_tensors
@@ -864,15 +1050,20 @@ def _tensors(arg: Any, device: "torch.device") -> Any:
 
     if isinstance(arg, QuantMatrix):
         data = torch.from_numpy(np.ascontiguousarray(arg.data)).to(device)
-        return kernel_tensors.quant_matrix(data, EXECUTABLE[arg.type_name], "weight")
+        weight = kernel_tensors.quant_matrix(data, EXECUTABLE[arg.type_name], "weight")
+        return import_module("exactmoe.kernels.packed").pack(weight) if packed else weight
     if isinstance(arg, Activations):
         parts = (arg.q, arg.scale, group_sums(arg.q))
         return kernel_tensors.Activations(*(torch.from_numpy(part).to(device) for part in parts))
     if isinstance(arg, tuple):
         kind = getattr(import_module(f"exactmoe.kernels.{_KERNEL_HOME[type(arg).__name__]}"), type(arg).__name__)
-        return kind(*(torch.from_numpy(part).to(device) for part in arg))
+        return kind(*(_tensors(part, device, packed) for part in arg))
+    if isinstance(arg, list):
+        return [_tensors(part, device, packed) for part in arg]
     if isinstance(arg, np.ndarray):
         return torch.from_numpy(arg).to(device)
+    if isinstance(arg, np.float32):
+        return float(arg)
     return arg
 
 

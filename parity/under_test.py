@@ -49,7 +49,7 @@ class ParityCase:
     @cached_property
     def inputs(self) -> dict[str, Any]:
         """The inputs as the kernels take them: tensors on `device`, quantised weights and activations as ours."""
-        return dict(zip(self.arrays, tensors(tuple(self.arrays.values()), self.device), strict=True))
+        return dict(zip(self.arrays, tensors(tuple(self.arrays.values()), self.device, self.case.packed), strict=True))
 
     @cached_property
     def reference(self) -> dict[str, Array]:
@@ -60,9 +60,13 @@ class ParityCase:
         """Compare `output` with the reference, bit for bit, or within a tolerance that the report then names.
 
         `output` is a tensor or array; or a dict, named tuple or sequence of them where the op has several outputs, by
-        the names, or in the order, of `reference`. For `append`, which writes into the cache, it is the cache. Raises
-        AssertionError where anything differs."""
+        the names, or in the order, of `reference`. What an op writes into one of its inputs, as `append` into the
+        cache, is compared where it was written; `output` is then what it returned, or None. Raises AssertionError where
+        anything differs."""
         __tracebackhide__ = True
+        if self.case.writes is not None:
+            written = named(list(self.inputs.values())[self.case.writes], ())
+            output = ({} if output is None else dict(named(output, ("out",)))) | dict(written)
         check(f"{self.op} {self.case}", self.reference, output, self._record, atol=atol, rtol=rtol)
 
     def __str__(self) -> str:

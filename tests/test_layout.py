@@ -179,6 +179,7 @@ NOT_OPS = {
     "interpreter": "how fast the interpreter runs",
     "tensors": "containers and their checks",
     "tiles": "block sizes, which change no bit",
+    "dependent": "how kernels of a decode step overlap",
     "ptx_lint": "judges the compiler's output",
     "ptx_lock": "keeps what the lint saw",
 }
@@ -248,6 +249,10 @@ INEXACT = frozenset(
         "bfloat16",
     )
 )
+SCHEDULING = (
+    "tl.extra.cuda.gdc_wait",
+    "tl.extra.cuda.gdc_launch_dependents",
+)  # when kernels start: they compute nothing
 # sum and cumsum stay: what they add must be integers, which this cannot see and the PTX lint can.
 
 
@@ -267,6 +272,8 @@ def inexact(node: ast.AST) -> str | None:
     """The forbidden word that this node of a jit function is, or None."""
     if isinstance(node, ast.Attribute):
         whole = ast.unparse(node)
+        if any(name == whole or name.startswith(f"{whole}.") for name in SCHEDULING):
+            return None
         return whole if node.attr in INEXACT or re.match(r"tl\.(atomic_|math\b|extra\b)|.*libdevice", whole) else None
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
         return None if compile_time(node.left) and compile_time(node.right) else "/"

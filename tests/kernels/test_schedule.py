@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from exactmoe.kernels import tiles
-from exactmoe.kernels.tiles import AttentionTile, MatmulTile
+from exactmoe.kernels.tiles import AttentionTile, MatmulTile, MatvecTile
 from exactmoe.parity.cases import (
     CASES,
     Add,
@@ -40,23 +40,37 @@ SCHEDULES: dict[str, dict[str, Any]] = {
         "rows_of_blocks": 1, "norm_rows": 1, "heads": 1, "elementwise": 128, "dispatch": 16, "router": (16, 16),
         "route": 1, "matmul": MatmulTile(16, 16, 4), "grouped_matmul": MatmulTile(16, 16, 4),
         "attention": AttentionTile(1, 16, 3, 4), "digest": (1, 32),
+        "matvec": MatvecTile(8, 4, 2, 1), "decode_router": 1,
+        "experts_up": MatvecTile(64, 4, 0, 1), "experts_down": MatvecTile(32, 4, 0, 1),
+        "decode_attention": (16, 4), "argmax": 64,
     },
     "middle": {
         "rows_of_blocks": 8, "norm_rows": 2, "heads": 8, "elementwise": 512, "dispatch": 64, "router": (32, 16),
         "route": 2, "matmul": MatmulTile(32, 64, 4), "grouped_matmul": MatmulTile(16, 64, 4),
         "attention": AttentionTile(2, 32, 2, 4), "digest": (4, 128),
+        "matvec": MatvecTile(32, 4, 3, 2), "decode_router": 3,
+        "experts_up": MatvecTile(128, 4, 0, 2), "experts_down": MatvecTile(64, 4, 0, 2),
+        "decode_attention": (64, 4), "argmax": 128,
     },
     "large": {
         "rows_of_blocks": 16, "norm_rows": 4, "heads": 16, "elementwise": 2048, "dispatch": 1024, "router": (16, 64),
         "route": 4, "matmul": MatmulTile(64, 128, 8), "grouped_matmul": MatmulTile(64, 32, 8),
         "attention": AttentionTile(4, 32, 1, 8), "digest": (16, 1024),
+        "matvec": MatvecTile(128, 8, 1 << 20, 8), "decode_router": 8,
+        "experts_up": MatvecTile(512, 8, 0, 8), "experts_down": MatvecTile(128, 8, 0, 8),
+        "decode_attention": (128, 8), "argmax": 1024,
     },
 }  # fmt: skip
 
 
+_COST = {"experts_up": 2**19}  # its programs are many: one for each expert and tile
+
+
 def _some(op: str) -> tuple[Case, ...]:
     """The largest cases of `op` that small blocks can afford in the interpreter."""
-    fit = sorted((case for case in cheap(op) if case.rows and case.cost < 2**20), key=lambda case: case.cost)
+    fit = sorted(
+        (case for case in cheap(op) if case.rows and case.cost < _COST.get(op, 2**20)), key=lambda case: case.cost
+    )
     return tuple(fit[-3:])
 
 

@@ -1,0 +1,174 @@
+"""One token through quantised matrices.      x [K] f32, weights [N, K] -> y [sum N] f32
+Promised order: as norm, quantize, matmul and add, one after another; every program quantises the row for itself.
+
+The matrices lie one below the other in y. A program fetches its first weights before it waits for the kernel that makes
+x: they do not depend on it."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from exactmoe.kernels import tiles
+from exactmoe.kernels.dependent import DEPENDENT, finish_wait, release_next
+from exactmoe.kernels.errors import require
+from exactmoe.kernels.formats import BLOCK
+from exactmoe.kernels.launch import FAITHFUL
+from exactmoe.kernels.numerics import fixed_point_23, inverse_rms_of, magnitude
+from exactmoe.kernels.packed import (
+    PackedMatrix,
+    block_product,
+    load_block,
+    operand_index,
+    operand_stride,
+    store_operand,
+)
+from exactmoe.kernels.tensors import require_f32, slices
+
+
+class Norm(NamedTuple):
+    """An RMSNorm before a matrix."""
+
+    weight: Tensor  # [K] f32
+    eps: float
+
+
+def matvec(
+    weights: Sequence[PackedMatrix], x: Tensor, profile: str, norm: Norm | None = None, residual: Tensor | None = None
+) -> Tensor:
+    """y [sum N] of one or two matrices over the row x [K], normed first where asked, plus `residual` [sum N].
+
+    Bit-equal to parity.reference.matvec.matvec."""
+    require(1 <= len(weights) <= 2, f"one or two matrices, got {len(weights)}")
+    K = weights[0].k
+    for w in weights:
+        require(w.k == K and w.experts == 1, f"matrices of width {K} and {w.k}, of {w.experts} experts, in one matvec")
+    require_f32(x, "x", K)
+    if norm is not None:
+        require_f32(norm.weight, "norm weight", K)
+    N = sum(w.n for w in weights)
+    if residual is not None:
+        require_f32(residual, "residual", N)
+    y = torch.empty(N, dtype=torch.float32, device=x.device)
+    first, last = weights[0], weights[-1]
+    tile = tiles.matvec(N, K // BLOCK)
+    counts = [triton.cdiv(w.n, tile.rows) for w in weights]
+    programs = min(sum(counts), tile.programs) if len(weights) == 1 else sum(counts)
+    words = operand_stride(K, slices(profile))
+    scratch = torch.empty(programs, words, dtype=torch.int32, device=x.device)
+    _matvec_kernel[(programs,)](
+        x, norm.weight if norm else None, norm.eps if norm else 0.0, residual, y, scratch,
+        *first.planes, *last.planes,
+        NB=K // BLOCK, NB2=triton.next_power_of_2(K // BLOCK), N=first.n, N2=last.n if len(weights) == 2 else 0,
+        FORMAT=first.format.ggml_id, FORMAT2=last.format.ggml_id, S=slices(profile), WORDS=words,
+        BN=tile.rows, LOOP=programs < sum(counts), AHEAD=min(K // BLOCK, tile.ahead),
+        num_warps=tile.warps, **DEPENDENT, **FAITHFUL,
+    )  # fmt: skip
+    return y
+
+
+@triton.jit
+def load_row(x_ptr, norm_ptr, eps, NB: tl.constexpr, NB2: tl.constexpr):
+    """The row x [NB*256] as f32 [2, NB2, 128] (see `operand_index`), zero beyond its blocks, RMS-normed where asked."""
+    j = operand_index(NB2)
+    K: tl.constexpr = NB * 256
+    x = tl.load(x_ptr + j, j < K, 0.0)
+    if norm_ptr is not None:
+        weight = tl.load(norm_ptr + j, j < K, 0.0)
+        top = tl.max(magnitude(x)) + tl.zeros([1, 1, 1], tl.int32)  # a number, so that no layout is in the way
+        i = fixed_point_23(x, top)
+        r = inverse_rms_of(tl.sum(i * i) + tl.zeros([1, 1, 1], tl.int64), top, K, eps)
+        x = (x * r) * weight
+    return x
+
+
+@triton.jit
+def fetch(planes, row, live, NB: tl.constexpr, FORMAT: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr):
+    """The first AHEAD blocks of weight rows `row` [N], on their way."""
+    fetched = ()  # type: tuple[tl.tensor, ...]
+    for b in tl.static_range(AHEAD):
+        fetched = fetched + (load_block(planes, row, live, b, NB, FORMAT, EVEN),)  # noqa: RUF005 - Triton has no *
+    return fetched
+
+
+@triton.jit
+def fold(
+    fetched, planes, row, live, x_ptr,
+    NB: tl.constexpr, FORMAT: tl.constexpr, S: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """y [N] of weight rows `row` against the operand at `x_ptr` [1], or [N] of each: block products, left to right.
+
+    The first AHEAD blocks are `fetched`; each one used makes room for one more."""
+    acc = tl.zeros([row.shape[0]], tl.float32)
+    for b in tl.static_range(NB):
+        acc = acc + block_product(fetched[b], x_ptr, b, NB, FORMAT, S)
+        if b + AHEAD < NB:
+            more = load_block(planes, row, live, b + AHEAD, NB, FORMAT, EVEN)
+            fetched = fetched + (more,)  # noqa: RUF005
+    return acc
+
+
+@triton.jit
+def _segment(
+    pid, planes, x_ptr, norm_ptr, eps, residual_ptr, y_ptr, at_ptr,
+    NB: tl.constexpr, NB2: tl.constexpr, N: tl.constexpr, FORMAT: tl.constexpr, S: tl.constexpr, BN: tl.constexpr,
+    LOOP: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """Rows of one matrix; its first tile is `pid`."""
+    EVEN: tl.constexpr = N % BN == 0
+    operand = at_ptr + tl.zeros([1], tl.int32)
+    n = pid * BN + tl.arange(0, BN)
+    if not LOOP:
+        fetched = fetch(planes, n.to(tl.int64), n < N, NB, FORMAT, EVEN, AHEAD)
+    finish_wait()
+    release_next()
+    store_operand(load_row(x_ptr, norm_ptr, eps, NB, NB2), tl.zeros([NB2], tl.int32), tl.arange(0, NB2), at_ptr, NB, S)
+    tl.debug_barrier()
+    if LOOP:
+        for tile in range(pid, tl.cdiv(N, BN), tl.num_programs(0)):
+            n = tile * BN + tl.arange(0, BN)
+            fetched = fetch(planes, n.to(tl.int64), n < N, NB, FORMAT, EVEN, AHEAD)
+            tl.debug_barrier()  # or the assembler puts each fetch off until its use
+            y = fold(fetched, planes, n.to(tl.int64), n < N, operand, NB, FORMAT, S, EVEN, AHEAD)
+            _store(y, n, n < N, residual_ptr, y_ptr)
+    else:
+        y = fold(fetched, planes, n.to(tl.int64), n < N, operand, NB, FORMAT, S, EVEN, AHEAD)
+        _store(y, n, n < N, residual_ptr, y_ptr)
+
+
+@triton.jit
+def _store(acc, n, live, residual_ptr, y_ptr):
+    if residual_ptr is not None:
+        acc = tl.load(residual_ptr + n, live, 0.0) + acc
+    tl.store(y_ptr + n, acc, live)
+
+
+@triton.jit
+def _matvec_kernel(
+    x_ptr, norm_ptr, eps, residual_ptr, y_ptr, scratch_ptr,
+    words_ptr, high_ptr, scales_ptr, d_ptr, words2_ptr, high2_ptr, scales2_ptr, d2_ptr,
+    NB: tl.constexpr, NB2: tl.constexpr, N: tl.constexpr, N2: tl.constexpr,
+    FORMAT: tl.constexpr, FORMAT2: tl.constexpr, S: tl.constexpr, WORDS: tl.constexpr,
+    BN: tl.constexpr, LOOP: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    at_ptr = scratch_ptr + pid * WORDS
+    planes = (words_ptr, high_ptr, scales_ptr, d_ptr)
+    if N2 == 0:
+        _segment(pid, planes, x_ptr, norm_ptr, eps, residual_ptr, y_ptr, at_ptr, NB, NB2, N, FORMAT, S, BN, LOOP, AHEAD)
+    else:
+        tiles_before: tl.constexpr = (N + BN - 1) // BN
+        if pid < tiles_before:
+            _segment(
+                pid, planes, x_ptr, norm_ptr, eps, residual_ptr, y_ptr, at_ptr, NB, NB2, N, FORMAT, S, BN, False, AHEAD
+            )
+        else:
+            tl.static_assert(residual_ptr is None)
+            planes2 = (words2_ptr, high2_ptr, scales2_ptr, d2_ptr)
+            _segment(
+                pid - tiles_before, planes2, x_ptr, norm_ptr, eps, None, y_ptr + N, at_ptr,
+                NB, NB2, N2, FORMAT2, S, BN, False, AHEAD,
+            )  # fmt: skip

@@ -1,0 +1,80 @@
+"""The decode step of production: one token of one sequence, six launches a layer, on a GPU one CUDA graph.
+
+Token and position live on the device: a step chooses the next token and moves on by itself."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from exactmoe.kernels.argmax import choose
+from exactmoe.kernels.decode_attention import decode_attention
+from exactmoe.kernels.decode_experts import experts_down, experts_up
+from exactmoe.kernels.decode_router import decode_router
+from exactmoe.kernels.embedding import embed
+from exactmoe.kernels.errors import require
+from exactmoe.kernels.matvec import matvec
+from exactmoe.model.packed import PackedLayer
+
+if TYPE_CHECKING:
+    from exactmoe.model.cache import KVCache
+    from exactmoe.model.weights import Model
+
+
+class Decoder:
+    """Steps of one sequence. `logits` and `token` are those of the last step, overwritten by the next."""
+
+    def __init__(self, model: "Model", cache: "KVCache") -> None:
+        self._model, self._cache = model, cache
+        self.token = torch.zeros(1, dtype=torch.int32, device=model.device)
+        self._position = torch.zeros(1, dtype=torch.int32, device=model.device)
+        self._at = 0  # what `_position` holds
+        self.logits = torch.zeros(model.config.vocab, dtype=torch.float32, device=model.device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def step(self, token: Tensor | None = None) -> None:
+        """Run `token` [1] i32 on the device, or the one chosen last, after those in the cache, which grows by one."""
+        cache = self._cache
+        require(cache.length < cache.capacity, f"the cache is full: {cache.capacity} positions")
+        if self._graph is None and self._model.device.type == "cuda":
+            self._graph = self._capture()
+        if self._at != cache.length:
+            self._position.fill_(cache.length)
+        if token is not None:
+            self.token.copy_(token)
+        if self._graph is not None:
+            self._graph.replay()
+        else:
+            self._run()
+        cache.length += 1
+        self._at = cache.length
+
+    def _run(self) -> None:
+        model, weights = self._model, self._model.packed
+        x = embed(model.embedding, self.token)[0]  # [D]
+        for i, layer in enumerate(weights.layers):
+            x = self._layer(layer, i, x)
+        self.logits.copy_(matvec([weights.output], x, model.profile, weights.output_norm))
+        choose(self.logits, self.token, self._position)
+
+    def _layer(self, layer: PackedLayer, i: int, x: Tensor) -> Tensor:
+        model, cache = self._model, self._cache
+        qkv = matvec(layer.qkv, x, model.profile, layer.attn_norm)
+        heads = decode_attention(qkv, layer.q_norm, layer.k_norm, cache.rope, cache.layer(i), self._position)
+        x = matvec([layer.attn_output], heads, model.profile, residual=x)
+        routed = decode_router(x, layer.ffn_norm, layer.router, model.profile)
+        h = experts_up(routed, layer.gate, layer.up, model.config.n_active)
+        return experts_down(routed, h, layer.down, x, model.profile)
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        """The step as a graph. Kernels are compiled by a run beforehand, whose every effect the first step repeats."""
+        token = self.token.clone()
+        self._position.fill_(self._cache.length)
+        self._run()
+        self.token.copy_(token)
+        self._at = -1
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._run()
+        return graph
