@@ -33,15 +33,21 @@ SMALL = Config(
 
 _CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
+_H100 = _DEVICE.type == "cuda" and "H100" in torch.cuda.get_device_name(_DEVICE)
+
 # Markers whose tests this machine cannot run, with what the last lines of the run say of them.
 _LACKING = {
     **({} if _DEVICE.type == "cuda" else {"gpu": "need a CUDA device; kernels ran in the interpreter"}),
+    **({} if _H100 else {"h100": "measure speed and memory against targets set for an NVIDIA H100"}),
     **({} if _CHROMIUM else {"browser": "need Chromium; none is installed"}),
 }
 _DESELECTED = pytest.StashKey[dict[str, int]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "h100: measures against a target set for an H100; deselected, and counted, elsewhere"
+    )
     config.addinivalue_line("markers", "browser: needs Chromium; deselected, and counted, where there is none")
     if config.pluginmanager.hasplugin("hypothesispytest"):
         from hypothesis import settings
