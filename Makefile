@@ -1,19 +1,23 @@
 # `make parity` and `make test` need only Python >= 3.11, pip and make: they build .venv on their first run.
 PYTHON ?= python3
 ARGS ?=
+EVIDENCE := build/evidence.json
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: parity test check lint check-format check-lint check-types check-contracts fix clean
+.PHONY: parity test check lint check-format check-lint check-types check-contracts check-status fix clean
 
 parity: $(INSTALLED)  ## run the shipped model through kernels and reference, compare every stage bit for bit
 	$(BIN)/exactmoe parity $(ARGS)
 
-test: $(INSTALLED)  ## run the tests
-	$(BIN)/pytest $(ARGS)
+test: $(INSTALLED)  ## run the tests; all of them leave a record, which is what the contracts' statuses come from
+	$(BIN)/pytest $(if $(ARGS),,-p exactmoe.contracts.recorder --record-evidence $(EVIDENCE)) $(ARGS)
 
-check: lint test  ## format, lint, types, contracts, tests
+check: lint test check-status  ## format, lint, types, contracts, tests, what they show
+
+check-status: $(INSTALLED)
+	$(BIN)/exactmoe contracts status --evidence $(EVIDENCE) --readme README.md
 
 lint: check-format check-lint check-types check-contracts
 

@@ -3,6 +3,7 @@
 import argparse
 import datetime as dt
 import json
+import sys
 from pathlib import Path
 
 from exactmoe.kernels.errors import InvalidInput, require
@@ -13,6 +14,8 @@ EXAMPLES = """examples:
   exactmoe contracts validate contracts/moe-router-v1.yaml --json
   exactmoe contracts diff old.yaml new.yaml
   exactmoe contracts diff --rev HEAD~1 contracts
+  exactmoe contracts status
+  exactmoe contracts status --evidence build/evidence.json --json contracts/moe-router-v1.yaml
   exactmoe contracts graph --mermaid contracts
   exactmoe contracts new sampling-v1
 
@@ -47,6 +50,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     diff.add_argument("--json", action="store_true", help="print the differences as JSON")
     diff.set_defaults(subcommand=_diff)
+
+    status = _command(commands, "status", "what has been shown of each contract, from recorded test runs")
+    status.add_argument("paths", nargs="*", type=Path, metavar="PATH", help="contracts or folders (default: contracts)")
+    status.add_argument(
+        "--evidence", action="append", default=[], type=Path, metavar="FILE",
+        help="a record beside those in contracts/evidence; written by pytest --record-evidence",
+    )  # fmt: skip
+    forms = status.add_mutually_exclusive_group()
+    forms.add_argument("--json", action="store_true", help="print the statuses as JSON")
+    forms.add_argument("--markdown", action="store_true", help="print the table of the README")
+    status.add_argument("--readme", type=Path, metavar="FILE", help="1 where FILE does not hold that table")
+    status.set_defaults(subcommand=_status)
 
     graph = _command(commands, "graph", "which contract depends on which")
     graph.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="a contract, or a folder of them")
@@ -104,6 +119,26 @@ def _diff(args: argparse.Namespace) -> int:
         print("\n".join(line for difference in differences for line in difference.lines()))
         print(f"{errors} error(s) in {len(differences)} contract(s) compared")
     return 1 if errors else 0
+
+
+def _status(args: argparse.Namespace) -> int:
+    from exactmoe.contracts.evidence import Unusable
+    from exactmoe.contracts.status import markdown, statuses, table
+
+    paths = args.paths or [Path("contracts")]
+    try:
+        found = statuses(paths, args.evidence)
+    except Unusable as error:
+        raise InvalidInput(str(error)) from error
+    require(bool(found), f"{_joined(paths)}: no contract (*.yaml): there is no status")
+    if args.json:
+        print(json.dumps([one.as_json() for one in found], indent=2))
+    else:
+        print(markdown(found) if args.markdown else "\n".join(table(found)))
+    stale = args.readme is not None and markdown(found) not in args.readme.read_text(encoding="utf-8")
+    if stale:
+        print(f"{args.readme}: its table of contracts is not what status says", file=sys.stderr)
+    return 1 if stale or any(one.findings for one in found) else 0
 
 
 def _graph(args: argparse.Namespace) -> int:
