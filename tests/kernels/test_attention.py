@@ -20,7 +20,7 @@ def test_a_later_key_changes_no_earlier_output(device: torch.device) -> None:
     kv.k[start + 3 :], kv.v[start + 3 :], kv.k_scale[start + 3 :] = 77, 77, 1.0
     after = attend(q, kv, start)
     assert after[:3].equal(before[:3])
-    assert not after[3:].equal(before[3:])
+    assert not any(after[t].equal(before[t]) for t in range(3, 7))
 
 
 def test_softmax_is_zero_and_the_score_minus_infinity_beyond_the_query(device: torch.device) -> None:
