@@ -10,7 +10,19 @@ from typing import Protocol, cast
 from exactmoe import __version__
 from exactmoe.kernels.errors import InvalidInput, MissingEnvironment
 
-COMMANDS = ("parity", "logits", "generate", "inspect", "synth", "trace", "diff", "bisect", "neutrality", "contracts")
+COMMANDS = (
+    "parity",
+    "logits",
+    "generate",
+    "inspect",
+    "synth",
+    "trace",
+    "diff",
+    "bisect",
+    "neutrality",
+    "bench",
+    "contracts",
+)
 """Every command; the module of each is `exactmoe.cli.commands.<name>`."""
 
 REFUSED = 2

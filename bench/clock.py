@@ -1,0 +1,93 @@
+"""Time calls on a CUDA device: events around replays of a graph that holds every call once.
+
+The calls of a graph are the same work on different memory, `rotate` copies whose weights together exceed the L2 cache
+several times, so that each reads its own from memory. With one copy the cache is warm."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+CALLS_AT_LEAST = 8  # in a graph, so that its launch is spread
+
+
+class Times(NamedTuple):
+    """Microseconds of one call."""
+
+    median: float
+    p10: float
+    p90: float
+
+    @staticmethod
+    def of(samples: Sequence[float]) -> "Times":
+        """The quantiles of some samples, at least one."""
+        ordered = sorted(samples)
+        last = len(ordered) - 1
+        return Times(statistics.median(ordered), ordered[round(0.1 * last)], ordered[round(0.9 * last)])
+
+
+def time_graph(calls: Sequence[Callable[[], object]], samples: int = 30) -> Times:
+    """Time `calls`, each of them at least once in a graph; a sample is the mean of a replay."""
+    work = list(calls) * max(1, -(-CALLS_AT_LEAST // len(calls)))
+    graph = capture(work)
+    return Times.of([elapsed(graph.replay) / len(work) for _ in range(samples)])
+
+
+def capture(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
+    """A graph of `calls`, in order, replayed once."""
+    for call in calls:
+        call()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    return graph
+
+
+def elapsed(call: Callable[[], object]) -> float:
+    """Microseconds that a call keeps the device busy."""
+    first, last = _event(), _event()
+    first.record()
+    call()
+    last.record()
+    last.synchronize()
+    return float(first.elapsed_time(last)) * 1000
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+class DeviceTimer:
+    """A clock of the device, in seconds, as pytest-benchmark asks for one: what lies between two readings is what the
+    device did, not how long the host waited."""
+
+    def __init__(self) -> None:
+        self._first = _event()
+        self._first.record()
+
+    def __call__(self) -> float:
+        """Seconds since the clock was made, once all work so far is done."""
+        now = _event()
+        now.record()
+        now.synchronize()
+        return float(self._first.elapsed_time(now)) / 1000
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """GB/s that a copy of 1 GiB reads and writes: the roof of what only moves bytes."""
+    source = torch.empty(2**30, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    times = time_graph([lambda: target.copy_(source)], 10)
+    return 2 * source.numel() / times.median / 1000
+
+
+def matmul_rate(device: torch.device) -> float:
+    """TFLOP/s of the library's fp16 matrix product of 8,192: the roof of what multiplies."""
+    n = 8192
+    a, b = (torch.randn(n, n, dtype=torch.float16, device=device) for _ in range(2))
+    times = time_graph([lambda: a @ b], 5)
+    return float(2 * n**3 / times.median / 1e6)

@@ -1,0 +1,97 @@
+"""`exactmoe bench`: the time of each kernel at its real shapes, judged first."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from exactmoe.cli import options
+from exactmoe.kernels.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from exactmoe.bench.run import Row
+
+HELP = "time the kernels at the shapes of Qwen3-30B-A3B on a CUDA device, after judging their bits"
+EXAMPLES = """examples:
+  exactmoe bench --list
+  exactmoe bench
+  exactmoe bench qkv experts-up --activations q16_k --json -
+  exactmoe bench --record
+  exactmoe bench --history bench/results/nvidia-h100-80gb-hbm3.jsonl
+
+Times are of the device, between events around replays of a graph: cold with weights rotated so that they come from
+memory, warm from the cache. The roofs are measured in the same run. A kernel whose bits are not the reference's gets no
+time.
+
+exit status: 0 every kernel is right, 1 one is not, 2 the arguments are refused, 3 no CUDA device
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("names", nargs="*", metavar="NAME", help="benchmarks to run (default: all)")
+    parser.add_argument("--list", action="store_true", help="print the names and cases, and run nothing")
+    options.add_activations(parser)
+    parser.add_argument("--record", action="store_true", help="add the run to the history in bench/results")
+    parser.add_argument("--history", type=Path, metavar="FILE", help="print the runs that FILE holds, and run nothing")
+    parser.add_argument("--json", metavar="FILE", help="write the run as JSON too; - is stdout")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Judge and time; 0 if all are right, else 1."""
+    if args.history is not None:
+        return _history(args)
+    if args.json not in (None, "-"):
+        options.require_writable(args.json)
+    from exactmoe.kernels.launch import resolve_device
+
+    device = resolve_device("auto")
+    from exactmoe.bench.cases import benches
+
+    table = benches(args.activations)
+    unknown = [name for name in args.names if name not in table]
+    if unknown:
+        raise InvalidInput(f"no benchmark is named {', '.join(unknown)}; there are {', '.join(table)}")
+    chosen = [table[name] for name in args.names or table]
+    if args.list:
+        print("\n".join(f"{bench.name:20} {bench.case.op:18} {bench.case}" for bench in chosen))
+        return 0
+    from exactmoe.bench.history import FOLDER
+    from exactmoe.bench.run import append
+    from exactmoe.bench.run import run as run_benches
+
+    stream = sys.stderr if args.json == "-" else sys.stdout
+    print(f"{'':20} {'us':>10} {'p10':>9} {'p90':>9} {'warm':>9} {'GB/s':>7} {'TFLOP/s':>8}   roof", file=stream)
+    found = run_benches(chosen, device, args.activations, lambda row: print(_line(row), file=stream, flush=True))
+    print(f"roofs: copy {found.copy_gb_s:.0f} GB/s, fp16 matmul {found.matmul_tflop_s:.0f} TFLOP/s", file=stream)
+    if args.json is not None:
+        text = json.dumps(found.to_dict(), indent=2) + "\n"
+        if args.json == "-":
+            sys.stdout.write(text)
+        else:
+            with options.whole_file(args.json) as out:
+                out.write(text.encode())
+    if args.record:
+        print(f"recorded in {append(found, FOLDER)}", file=stream)
+    return 0 if all(row.equal for row in found.rows) else 1
+
+
+def _line(row: "Row") -> str:
+    if row.cold is None or row.warm is None:
+        return f"{row.name:20} WRONG: not the reference's bits, so it has no speed"
+    tflop_s = f"{row.tflop_s:8.1f}" if row.tflop_s else " " * 8
+    times = f"{row.cold.median:10.2f} {row.cold.p10:9.2f} {row.cold.p90:9.2f} {row.warm.median:9.2f}"
+    return f"{row.name:20} {times} {row.gb_s or 0:7.0f} {tflop_s} {100 * (row.roof or 0):5.1f}%"
+
+
+def _history(args: argparse.Namespace) -> int:
+    from exactmoe.bench.history import lines, read
+
+    if not args.history.is_file():
+        raise InvalidInput(f"{args.history}: there is no such file")
+    runs = read(args.history)
+    if not runs:
+        raise InvalidInput(f"{args.history}: no run is recorded there")
+    print("\n".join(lines(runs, args.names)))
+    return 0

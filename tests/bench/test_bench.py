@@ -1,0 +1,121 @@
+"""Benchmarks: the table, the judging, the arithmetic of a row, and the history. The clock itself needs a GPU."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from exactmoe.bench import run as running
+from exactmoe.bench.cases import Bench, benches
+from exactmoe.bench.clock import Times
+from exactmoe.bench.history import lines, read
+from exactmoe.cli.main import main
+from exactmoe.kernels.errors import InvalidInput, MissingEnvironment
+from exactmoe.kernels.launch import resolve_device
+from exactmoe.parity.cases import CASES, Matvec
+
+SMALL = Bench("small", Matvec(16, 256, "Q4_K", "q8_k"), 1, 16 * 144, 2 * 16 * 256)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock without a GPU: every call takes 2 us, and is called."""
+
+    def time_graph(calls, samples=30):
+        for call in calls:
+            call()
+        return Times(2.0, 1.5, 2.5)
+
+    monkeypatch.setattr(running, "time_graph", time_graph)
+    monkeypatch.setattr(running, "copy_bandwidth", lambda _: 2.304)
+    monkeypatch.setattr(running, "matmul_rate", lambda _: 1.0)
+
+
+@pytest.mark.parametrize("profile", ["q8_k", "q16_k"])
+def test_every_benchmark_is_a_case_of_an_op_that_is_judged_elsewhere_too(profile: str) -> None:
+    table = benches(profile)
+    assert len(table) > 30
+    assert {bench.case.op for bench in table.values()} <= CASES.keys()
+    assert all(bench.weight_bytes > 0 for bench in table.values())
+    assert {f"{kind}-{tokens}" for kind in ("matmul", "grouped-up", "attend") for tokens in (8, 4096)} <= table.keys()
+
+
+def test_a_row_has_what_the_times_and_sizes_make_of_it(clock: None, device: torch.device) -> None:
+    row = running.measure(SMALL, device, 2.304, 1.0)
+    assert row.equal
+    assert (row.cold, row.gb_s, row.roof) == (Times(2.0, 1.5, 2.5), pytest.approx(1.152), pytest.approx(0.5))
+    assert row.tflop_s == pytest.approx(2 * 16 * 256 / 2e6 / 1)
+    assert len(row.digest) == 64
+
+
+def test_a_call_whose_bits_are_wrong_gets_no_time(
+    clock: None, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(case, device):
+        found = running.reference_output(case)
+        found["out"][0] += 1
+        return found
+
+    monkeypatch.setattr(running, "kernel_output", broken)
+    row = running.measure(SMALL, device, 1.0, 1.0)
+    assert not row.equal
+    assert (row.cold, row.warm, row.gb_s, row.roof) == (None, None, None, None)
+
+
+def test_weights_are_rotated_through_more_memory_than_the_cache_has() -> None:
+    huge = SMALL._replace(weight_bytes=60 * 2**20)
+    assert len(list(running.calls_of(huge, resolve_device("auto")))) * huge.weight_bytes >= 4 * 50 * 2**20
+
+
+def test_there_is_no_speed_without_a_gpu() -> None:
+    with pytest.raises(MissingEnvironment, match="needs a CUDA device"):
+        running.run([SMALL], torch.device("cpu"), "q8_k")
+
+
+def test_quantiles_of_samples() -> None:
+    assert Times.of([float(i) for i in range(11)]) == Times(5.0, 1.0, 9.0)
+    assert Times.of([3.0]) == Times(3.0, 3.0, 3.0)
+
+
+def _run(commit: str, us: float, digest: str, equal: bool = True) -> str:
+    row = {"name": "qkv", "equal": equal, "digest": digest, "cold": [us, us, us] if equal else None, "roof": 0.5}
+    return json.dumps({"date": "2026-01-01T00:00", "commit": commit, "activations": "q8_k", "rows": [row]})
+
+
+def test_the_history_says_when_numbers_changed_and_never_calls_that_faster(tmp_path: Path) -> None:
+    file = tmp_path / "gpu.jsonl"
+    file.write_text("\n".join([_run("a", 9, "x"), _run("b", 8, "x"), _run("c", 4, "y"), _run("d", 4, "z", False)]))
+    shown = list(lines(read(file), []))
+    assert shown[0] == "qkv"
+    assert ["numbers changed" in line for line in shown[1:]] == [False, False, True, False]
+    assert "WRONG" in shown[4]
+    assert not any("faster" in line for line in shown)
+
+
+@pytest.mark.parametrize("line", ["{}", "nothing", "[1]"])
+def test_a_history_with_a_line_that_is_no_run_is_refused(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "gpu.jsonl"
+    file.write_text(_run("a", 9, "x") + "\n" + line)
+    with pytest.raises(InvalidInput, match=r"gpu\.jsonl:2: not a recorded run"):
+        read(file)
+
+
+def test_a_run_is_added_to_the_file_of_its_device(tmp_path: Path, clock: None) -> None:
+    found = running.Run("d", "c", "NVIDIA H100", "1/2", {}, "n", "q8_k", 1.0, 1.0, ())
+    assert running.append(found, tmp_path) == running.append(found, tmp_path) == tmp_path / "nvidia-h100.jsonl"
+    assert len((tmp_path / "nvidia-h100.jsonl").read_text().splitlines()) == 2
+
+
+def test_the_command_lists_refuses_and_reads_history(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--list", "qkv"]) == 0
+    assert capsys.readouterr().out.startswith("qkv                  matvec")
+    assert main(["bench", "no-such"]) == 2
+    assert "experts-up" in capsys.readouterr().err
+    assert main(["bench", "--history", str(tmp_path / "none.jsonl")]) == 2
+    file = tmp_path / "gpu.jsonl"
+    file.write_text("")
+    assert main(["bench", "--history", str(file)]) == 2
+    file.write_text(_run("abc", 9, "x"))
+    assert main(["bench", "--history", str(file)]) == 0
+    assert "9.00 us" in capsys.readouterr().out
