@@ -26,14 +26,19 @@ def generate(model: "Model", tokens: Sequence[int], max_new: int, stop: Collecti
     Raises InvalidInput, when called, for a prompt `require_prompt` refuses."""
     from exactmoe.kernels.argmax import argmax
     from exactmoe.model.cache import KVCache
-    from exactmoe.model.forward import prefill
+    from exactmoe.model.forward import decoder_of, prefill
 
     require(max_new > 0, f"the number of new tokens must be positive, got {max_new}")
     require_prompt(tokens, max_new, model.config.vocab, model.config.context_length)
     cache = KVCache.allocate(model, len(tokens) + max_new)
+    decoder = decoder_of(model, cache)
 
     def next_token(chunk: Sequence[int]) -> int:
-        return int(argmax(prefill(model, cache, chunk)[None])[0])
+        if len(chunk) == 1 and cache.length:
+            decoder.step()  # the token that it, or the prompt's end, has put on the device
+        else:
+            decoder.token.copy_(argmax(prefill(model, cache, chunk)[None]))
+        return int(decoder.token[0])
 
     return greedy(next_token, tokens, max_new, stop)
 

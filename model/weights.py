@@ -1,6 +1,7 @@
 """Weights of a model on a device: quantised bytes as the file holds them, norms in f32, routers in fixed point."""
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
 from os import PathLike
@@ -14,6 +15,7 @@ from exactmoe.kernels.formats import executable_format
 from exactmoe.kernels.matvec import Norm
 from exactmoe.kernels.packed import pack
 from exactmoe.kernels.tensors import QuantMatrix, quant_matrix, slices
+from exactmoe.model.capacity import needed, require_capacity
 from exactmoe.model.config import Config, check_model
 from exactmoe.model.gguf.reader import GGUFFile, open_gguf
 from exactmoe.model.moe import MoeWeights, moe_weights
@@ -53,18 +55,37 @@ class Model:
         return float(self.config.eps)
 
 
-def load_model(source: GGUFFile | str | PathLike[str], device: torch.device, activations: str = "q8_k") -> Model:
-    """Check the whole file, then load it onto `device`. Raises `InvalidInput` before anything is allocated."""
+def load_model(
+    source: GGUFFile | str | PathLike[str],
+    device: torch.device,
+    activations: str = "q8_k",
+    positions: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Model:
+    """Check the whole file, then load it onto `device`; `progress` is told the bytes loaded, and of how many.
+
+    Before anything is allocated it raises `InvalidInput` for a file that is not accepted, and `MissingEnvironment`
+    where the model and a cache of `positions` do not fit the device."""
     slices(activations)
     file = source if isinstance(source, GGUFFile) else open_gguf(source)
     config = Config.from_gguf(file)
     check_model(file, config)
+    require_capacity(needed(file, config, positions), device, f"{file.path} with {positions} positions")
+    total = sum(info.nbytes for info in file.tensors.values())
+    done = 0
+
+    def on_host(name: str) -> Tensor:
+        nonlocal done
+        done += file.tensors[name].nbytes
+        if progress is not None:
+            progress(done, total)
+        return _on_host(file, name)
 
     def floats(name: str) -> Tensor:
-        return _to_device(file, name, device)
+        return on_host(name).to(device)
 
     def matrix(name: str) -> QuantMatrix:
-        return quant_matrix(_to_device(file, name, device), executable_format(file.tensors[name].type_name, name), name)
+        return quant_matrix(floats(name), executable_format(file.tensors[name].type_name, name), name)
 
     def stack(*names: str) -> list[QuantMatrix]:
         """Matrices of one width, those of one format one below the other in memory; the stacks, then the matrices."""
@@ -72,7 +93,7 @@ def load_model(source: GGUFFile | str | PathLike[str], device: torch.device, act
         runs = [list(run) for _, run in groupby(range(len(names)), key=types.__getitem__)]
         stacks, parts = [], []
         for run in runs:
-            rows = [_on_host(file, names[i]) for i in run]
+            rows = [on_host(names[i]) for i in run]
             fmt = executable_format(types[run[0]], names[run[0]])
             whole = torch.empty(sum(map(len, rows)), rows[0].shape[1], dtype=torch.uint8, device=device)
             stacks.append(quant_matrix(whole, fmt, " and ".join(names[i] for i in run)))
@@ -127,10 +148,6 @@ def load_model(source: GGUFFile | str | PathLike[str], device: torch.device, act
         output=output,
         packed=PackedWeights(tuple(packed for _, packed in layers), Norm(output_norm, eps), pack(output)),
     )
-
-
-def _to_device(file: GGUFFile, name: str, device: torch.device) -> Tensor:
-    return _on_host(file, name).to(device)
 
 
 def _on_host(file: GGUFFile, name: str) -> Tensor:

@@ -31,3 +31,18 @@ def status() -> Iterator[Callable[[str], None] | None]:
 
     with Console(stderr=True).status("starting") as line:
         yield line.update
+
+
+@contextlib.contextmanager
+def transfer(what: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar of bytes done and of how many, on stderr; None where there is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

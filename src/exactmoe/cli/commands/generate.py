@@ -6,7 +6,7 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from exactmoe.cli import options
+from exactmoe.cli import options, progress
 
 if TYPE_CHECKING:
     from exactmoe.model.gguf.reader import GGUFFile
@@ -86,7 +86,9 @@ def _triton(args: argparse.Namespace, file: "GGUFFile", tokens: Sequence[int], s
     from exactmoe.model.generate import generate
     from exactmoe.model.weights import load_model
 
-    return generate(load_model(file, device, args.activations), tokens, args.max_new, stop)
+    with progress.transfer("loading") as tell:
+        model = load_model(file, device, args.activations, len(tokens) + args.max_new, tell)
+    return generate(model, tokens, args.max_new, stop)
 
 
 def _reference(

@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from exactmoe.cli import options
+from exactmoe.cli import options, progress
 
 if TYPE_CHECKING:
     from exactmoe.model.gguf.reader import GGUFFile
@@ -58,7 +58,8 @@ def _triton(args: argparse.Namespace, file: "GGUFFile") -> "Array":
     from exactmoe.model.forward import prefill
     from exactmoe.model.weights import load_model
 
-    model = load_model(file, device, args.activations)
+    with progress.transfer("loading") as tell:
+        model = load_model(file, device, args.activations, len(args.tokens), tell)
     cache = KVCache.allocate(model, len(args.tokens))
     array: Array = prefill(model, cache, args.tokens, all_positions=args.all_positions).cpu().numpy()
     return array

@@ -1,9 +1,8 @@
 """`exactmoe synth`: write a file of random but valid weights."""
 
 import argparse
-import contextlib
-import sys
-from collections.abc import Callable, Iterator
+
+from exactmoe.cli import progress
 
 HELP = "write a Qwen3-MoE GGUF of random but valid weights, at any size"
 EXAMPLES = """examples:
@@ -27,23 +26,7 @@ def run(args: argparse.Namespace) -> int:
     """Write the file; 0 when it is there."""
     from exactmoe.model.synth import synthesise
 
-    with _progress_bar() as progress:
-        nbytes = synthesise(args.out, args.like, args.layers, args.seed, overwrite=args.force, progress=progress)
+    with progress.transfer("writing") as tell:
+        nbytes = synthesise(args.out, args.like, args.layers, args.seed, overwrite=args.force, progress=tell)
     print(f"{args.out}: {nbytes:,} bytes of tensors")
     return 0
-
-
-@contextlib.contextmanager
-def _progress_bar() -> Iterator[Callable[[int, int], None] | None]:
-    """A bar on stderr, or None where stderr is not a terminal."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-
-    console = Console(stderr=True)
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("writing", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
