@@ -94,6 +94,7 @@ class Found(NamedTuple):
     ptx: str = ""  # SHA-256 of the PTX without comments; "" where it did not compile
     warps: int = 0
     shared: int = 0  # bytes of shared memory a program
+    size: int = 0  # PTX instructions
 
 
 class Report(NamedTuple):
@@ -274,17 +275,17 @@ def record(ops: Iterable[Callable[[], object]]) -> list[Launch]:
     return list(launches.values())
 
 
-def lint(launches: list[Launch], archs: tuple[int, ...] = ARCHS, resources: bool = False) -> Report:
+def lint(launches: list[Launch], archs: tuple[int, ...] = ARCHS, resources: tuple[int, ...] = ()) -> Report:
     """Compile each launch for each architecture and judge what came out. Leaves a process that can only compile."""
     target = _CompileOnly()
     driver.set_active(target)
     triton.knobs.compilation.disable_line_info = True  # line numbers and paths would be part of the PTX
-    # Assembling takes a third of the time and tells only the resources.
-    triton.knobs.runtime.add_stages_inspection_hook = None if resources else _without_assembler
     found: dict[tuple[str, int, str], Found] = {}
     for launch in launches:
         for arch in archs:
             target.arch = arch
+            # Assembling takes a third of the time and tells only the resources.
+            triton.knobs.runtime.add_stages_inspection_hook = None if arch in resources else _without_assembler
             name = launch.fn.__name__
             try:
                 compiled = launch.fn.run(*launch.args, grid=(1,), warmup=True, **launch.options)
@@ -295,12 +296,14 @@ def lint(launches: list[Launch], archs: tuple[int, ...] = ARCHS, resources: bool
                 )
                 continue
             if (name, arch, compiled.hash) not in found:
-                found[name, arch, compiled.hash] = _judge_kernel(launch, arch, compiled, resources)
+                found[name, arch, compiled.hash] = _judge_kernel(launch, arch, compiled, arch in resources)
     return Report(list(found.values()), [] if found else [NOTHING])
 
 
-def lint_shipped(archs: tuple[int, ...] = ARCHS, resources: bool = False) -> Report:
-    """Lint every kernel of this package; a kernel no launch reaches, and a review nothing needs, are complaints."""
+def lint_shipped(archs: tuple[int, ...] = ARCHS, resources: tuple[int, ...] = ()) -> Report:
+    """Lint every kernel of this package; a kernel no launch reaches, and a review nothing needs, are complaints.
+
+    Registers and stack are found for the architectures in `resources`."""
     launches = record(shipped_ops())
     shares = os.cpu_count() or 1
     with ProcessPoolExecutor(shares, get_context("spawn")) as pool:
@@ -316,7 +319,7 @@ def lint_shipped(archs: tuple[int, ...] = ARCHS, resources: bool = False) -> Rep
     return report
 
 
-def _lint_share(share: int, shares: int, archs: tuple[int, ...], resources: bool) -> list[Found]:
+def _lint_share(share: int, shares: int, archs: tuple[int, ...], resources: tuple[int, ...]) -> list[Found]:
     return lint(record(shipped_ops())[share::shares], archs, resources).found
 
 
@@ -335,9 +338,10 @@ def _judge_kernel(launch: Launch, arch: int, compiled: Any, resources: bool) -> 
         faults["enable_fp_fusion"] = "launched without enable_fp_fusion=False: the assembler may contract"
     registers, stack = _resources(compiled.asm["cubin"]) if resources else (None, None)
     ptx, metadata = _without_comments(compiled.asm["ptx"]), compiled.metadata
+    size = sum(opcodes(ptx).values())
     return Found(
         name, launch.variant, arch, instructions, reviewed, faults, registers, stack,
-        hashlib.sha256(ptx.encode()).hexdigest(), metadata.num_warps, metadata.shared,
+        hashlib.sha256(ptx.encode()).hexdigest(), metadata.num_warps, metadata.shared, size,
     )  # fmt: skip
 
 
@@ -504,10 +508,15 @@ def main(argv: list[str] | None = None) -> int:
         "--arch", default="80,90,100", help="compute capabilities, comma-separated (default %(default)s)"
     )
     parser.add_argument("--json", action="store_true", help="print the whole report as JSON")
-    parser.add_argument("--resources", action="store_true", help="also print registers and stack bytes a thread")
+    parser.add_argument(
+        "--resources", nargs="?", const="all", metavar="ARCHS",
+        help="assemble for these too (default: all of --arch), for registers and stack bytes a thread",
+    )  # fmt: skip
     args = parser.parse_args(argv)
     try:
-        report = lint_shipped(_parse_archs(args.arch), args.resources)
+        archs = _parse_archs(args.arch)
+        resources = () if args.resources is None else archs if args.resources == "all" else _parse_archs(args.resources)
+        report = lint_shipped(archs, resources)
     except InvalidInput as error:
         print(f"ptx_lint: error: {error}", file=sys.stderr)
         return 2
@@ -518,7 +527,7 @@ def main(argv: list[str] | None = None) -> int:
         found = [f._asdict() for f in report.found]
         print(json.dumps({"clean": report.clean, "found": found, "complaints": report.complaints}, indent=1))
     else:
-        _print(report, args.resources)
+        _print(report)
     return 0 if report.clean else 1
 
 
@@ -529,10 +538,10 @@ def _parse_archs(text: str) -> tuple[int, ...]:
     return archs
 
 
-def _print(report: Report, resources: bool) -> None:
+def _print(report: Report) -> None:
     for f in report.found:
         verdict = "REFUSED" if f.faults else "reviewed" if f.reviewed else "clean"
-        use = f"  {f.registers} registers, {f.stack} B stack" if resources else ""
+        use = f"  {f.registers} registers, {f.stack} B stack" if f.registers is not None else ""
         found = (
             ", ".join(f"{n} {op}" for op, n in f.instructions.items() if op.split(".")[0] not in _MOVES) or "no float"
         )

@@ -1,4 +1,4 @@
-"""The lock of what the compiler makes of every shipped kernel: a hash of its PTX for sm_90.
+"""The lock of what the compiler makes of every shipped kernel for sm_90: a hash of its PTX, and what it takes.
 
     python -m exactmoe.kernels.ptx_lock --check     compile, compare with kernels/ptx.lock.json, name what changed
     python -m exactmoe.kernels.ptx_lock --update    write it anew, after a change of a kernel that was meant
@@ -27,7 +27,7 @@ class Lock(NamedTuple):
 
     triton: str
     arch: int
-    kernels: dict[str, list[dict[str, Any]]]  # kernel and constants -> ptx, warps and shared bytes of each compilation
+    kernels: dict[str, list[dict[str, Any]]]  # kernel and constants -> what each compilation takes
 
 
 def lock_of(found: Iterable[Found]) -> Lock:
@@ -36,8 +36,16 @@ def lock_of(found: Iterable[Found]) -> Lock:
     for f in found:
         if f.arch == ARCH:
             require(f.ptx != "", f"{f.kernel} [{f.variant}] does not compile: {f.faults.get('compile')}")
+            require(f.registers is not None, f"{f.kernel} [{f.variant}] was not assembled: its registers are unknown")
             kernels.setdefault(f"{f.kernel} {f.variant}".strip(), []).append(
-                {"ptx": f.ptx, "warps": f.warps, "shared": f.shared}
+                {
+                    "ptx": f.ptx,
+                    "instructions": f.size,
+                    "warps": f.warps,
+                    "registers": f.registers,
+                    "stack": f.stack,
+                    "shared": f.shared,
+                }
             )
     require(bool(kernels), f"no kernel was compiled for sm_{ARCH}")
     for entries in kernels.values():
@@ -80,7 +88,11 @@ def differences(locked: Lock, found: Lock) -> list[str]:
 
 
 def _entries(entries: Iterable[Mapping[str, Any]]) -> str:
-    return ", ".join(f"{e['ptx'][:12]} {e['warps']} warps {e['shared']} B" for e in entries)
+    return ", ".join(
+        f"{e['ptx'][:12]} {e['instructions']} instructions, {e['warps']} warps of {e['registers']} registers, "
+        f"{e['stack']} B stack, {e['shared']} B shared"
+        for e in entries
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -92,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         before = read_lock() if args.check else None
-        found = lock_of(lint_shipped((ARCH,)).found)
+        found = lock_of(lint_shipped((ARCH,), (ARCH,)).found)
         if before is not None:
             lines = differences(before, found)
             print("\n".join([*lines, f"{len(found.kernels)} kernels, {len(lines)} not as locked"]))

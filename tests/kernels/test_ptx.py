@@ -128,7 +128,7 @@ def plants(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def lint() -> tuple[int, dict[str, Any]]:
     """Exit status and report of the lint of every shipped kernel."""
-    done = _without_interpreter(["-m", "exactmoe.kernels.ptx_lint", "--json"])
+    done = _without_interpreter(["-m", "exactmoe.kernels.ptx_lint", "--json", "--resources", "90"])
     assert done.returncode in (0, 1), done.stderr[-2000:]
     return done.returncode, json.loads(done.stdout)
 

@@ -11,8 +11,18 @@ from exactmoe.kernels.ptx_lint import Found, Report
 from exactmoe.kernels.ptx_lock import Lock, differences, lock_of, main, read_lock
 
 
-def found(kernel: str = "_k", variant: str = "M=1", ptx: str = "a" * 64, arch: int = 90, warps: int = 4) -> Found:
-    return Found(kernel, variant, arch, {}, {}, {}, None, None, ptx, warps, 16)
+def found(
+    kernel: str = "_k",
+    variant: str = "M=1",
+    ptx: str = "a" * 64,
+    arch: int = 90,
+    warps: int = 4,
+    registers: int | None = 32,
+) -> Found:
+    return Found(kernel, variant, arch, {}, {}, {}, registers, 0, ptx, warps, 16, 100)
+
+
+TAKES = "100 instructions, 4 warps of 32 registers, 0 B stack, 16 B shared"
 
 
 def test_a_lock_has_every_compilation_for_its_architecture() -> None:
@@ -23,8 +33,9 @@ def test_a_lock_has_every_compilation_for_its_architecture() -> None:
 
 @pytest.mark.parametrize(
     ("after", "said"),
-    [([found(ptx="b" * 64)], "changed  _k M=1: aaaaaaaaaaaa 4 warps 16 B -> bbbbbbbbbbbb"),
-     ([found(warps=8)], "8 warps"), ([found(), found("_new")], "new      _new M=1"),
+    [([found(ptx="b" * 64)], f"changed  _k M=1: aaaaaaaaaaaa {TAKES} -> bbbbbbbbbbbb"),
+     ([found(warps=8)], "8 warps"), ([found(registers=40)], "40 registers"),
+     ([found(), found("_new")], "new      _new M=1"),
      ([found(variant="M=2")], "gone     _k M=1"),
      ([found(), found(ptx="b" * 64)], "changed  _k M=1")],
 )  # fmt: skip
@@ -43,7 +54,7 @@ def test_another_compiler_cannot_be_compared() -> None:
         differences(lock._replace(triton="2.0"), lock)
 
 
-@pytest.mark.parametrize("of", [[], [found(arch=80)], [found(ptx="")]])
+@pytest.mark.parametrize("of", [[], [found(arch=80)], [found(ptx="")], [found(registers=None)]])
 def test_a_lock_of_nothing_is_refused(of: list[Found]) -> None:
     with pytest.raises(InvalidInput):
         lock_of(of)
@@ -63,7 +74,7 @@ def test_the_command_updates_checks_and_tells(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(ptx_lock, "read_lock", lambda: read_lock(path))
     monkeypatch.setattr(ptx_lock, "PATH", path)
     compiled = [found()]
-    monkeypatch.setattr(ptx_lock, "lint_shipped", lambda archs: Report(compiled, []))
+    monkeypatch.setattr(ptx_lock, "lint_shipped", lambda archs, assembled: Report(compiled, []))
     assert main(["--check"]) == 2
     assert main(["--update"]) == 0
     assert main(["--check"]) == 0
