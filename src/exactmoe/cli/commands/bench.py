@@ -18,13 +18,17 @@ EXAMPLES = """examples:
   exactmoe bench
   exactmoe bench qkv experts-up --activations q16_k --json -
   exactmoe bench --record
+  exactmoe bench qkv lm-head --compare HEAD~1
   exactmoe bench --history bench/results/nvidia-h100-80gb-hbm3.jsonl
 
 Times are of the device, between events around replays of a graph: cold with weights rotated so that they come from
 memory, warm from the cache. The roofs are measured in the same run. A kernel whose bits are not the reference's gets no
 time.
 
-exit status: 0 every kernel is right, 1 one is not, 2 the arguments are refused, 3 no CUDA device
+With --compare the verdict is on pairs of times, this tree's over REF's: faster, slower, or the same within an interval.
+
+exit status: 0 every kernel is right and none slower than REF, 1 one is not right, slower or missing, 2 the arguments
+are refused, 3 no CUDA device
 """
 
 
@@ -35,7 +39,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     options.add_activations(parser)
     parser.add_argument("--record", action="store_true", help="add the run to the history in bench/results")
     parser.add_argument("--history", type=Path, metavar="FILE", help="print the runs that FILE holds, and run nothing")
-    parser.add_argument("--json", metavar="FILE", help="write the run as JSON too; - is stdout")
+    parser.add_argument(
+        "--compare", metavar="REF", help="time this tree against the git revision REF, both at once, in turn"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the result as JSON too; - is stdout")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -57,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
     if args.list:
         print("\n".join(f"{bench.name:20} {bench.case.op:18} {bench.case}" for bench in chosen))
         return 0
+    if args.compare is not None:
+        return _compare(args, [bench.name for bench in chosen])
     from exactmoe.bench.history import FOLDER
     from exactmoe.bench.run import append
     from exactmoe.bench.run import run as run_benches
@@ -65,16 +74,38 @@ def run(args: argparse.Namespace) -> int:
     print(f"{'':20} {'us':>10} {'p10':>9} {'p90':>9} {'warm':>9} {'GB/s':>7} {'TFLOP/s':>8}   roof", file=stream)
     found = run_benches(chosen, device, args.activations, lambda row: print(_line(row), file=stream, flush=True))
     print(f"roofs: copy {found.copy_gb_s:.0f} GB/s, fp16 matmul {found.matmul_tflop_s:.0f} TFLOP/s", file=stream)
-    if args.json is not None:
-        text = json.dumps(found.to_dict(), indent=2) + "\n"
-        if args.json == "-":
-            sys.stdout.write(text)
-        else:
-            with options.whole_file(args.json) as out:
-                out.write(text.encode())
+    _write_json(args.json, found.to_dict())
     if args.record:
         print(f"recorded in {append(found, FOLDER)}", file=stream)
     return 0 if all(row.equal for row in found.rows) else 1
+
+
+def _write_json(path: str | None, found: object) -> None:
+    if path is None:
+        return
+    text = json.dumps(found, indent=2) + "\n"
+    if path == "-":
+        sys.stdout.write(text)
+    else:
+        with options.whole_file(path) as out:
+            out.write(text.encode())
+
+
+def _compare(args: argparse.Namespace, names: list[str]) -> int:
+    from exactmoe.bench.compare import compare, revisions
+    from exactmoe.kernels.launch import resolve_device
+
+    resolve_device("cuda")
+    stream = sys.stderr if args.json == "-" else sys.stdout
+    verdicts = []
+    with revisions(args.compare, args.activations) as (other, this):
+        for verdict in compare(names, other, this):
+            verdicts.append(verdict)
+            print(verdict, file=stream, flush=True)
+    _write_json(args.json, [verdict.to_dict() for verdict in verdicts])
+    failed = [verdict.name for verdict in verdicts if not verdict.passed]
+    print(f"{len(verdicts)} compared with {args.compare}: {len(failed)} slower, wrong or missing", file=stream)
+    return 1 if failed else 0
 
 
 def _line(row: "Row") -> str:

@@ -1,0 +1,144 @@
+"""Is this revision faster than another? Both run at once on one machine, and are asked in turn: A B, B A, A B, ...
+
+Each pair of times gives a ratio, so that what the machine does meanwhile falls on both. The verdict is on the median of
+the ratios, with an interval from resampling the pairs: slower or faster where the interval leaves out 1 and the median
+is further from it than `SAME`; else the same."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from exactmoe.kernels.errors import InvalidInput, MissingEnvironment
+
+PAIRS = 40
+SAME = 0.01  # a median closer to 1 is no difference, however sure
+_RESAMPLES = 4000
+_LEVEL = 0.99
+
+Ask = Callable[[str], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one benchmark from the other revision to this one."""
+
+    name: str
+    verdict: str  # faster, slower, same, wrong, missing
+    ratio: float | None = None  # median of this one's times over the other's
+    interval: tuple[float, float] | None = None
+    us: tuple[float, float] | None = None  # median times, the other's and this one's
+    numbers_changed: bool = False  # the outputs' digests differ
+    why: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Not slower, and compared."""
+        return self.verdict in ("faster", "same")
+
+    def __str__(self) -> str:
+        if self.ratio is None or self.interval is None or self.us is None:
+            return f"{self.name:20} {self.verdict:8} {self.why}"
+        low, high = (100 * (end - 1) for end in self.interval)
+        change = f"{100 * (self.ratio - 1):+6.2f}% ({low:+.2f} to {high:+.2f})"
+        note = "  numbers changed" if self.numbers_changed else ""
+        return f"{self.name:20} {self.verdict:8} {change:28} {self.us[0]:9.2f} -> {self.us[1]:9.2f} us{note}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return asdict(self)
+
+
+def compare(names: Sequence[str], other: Ask, this: Ask, pairs: int = PAIRS) -> Iterator[Verdict]:
+    """Judge each benchmark by `pairs` pairs of times."""
+    for name in names:
+        yield _compare(name, other, this, pairs)
+
+
+def _compare(name: str, other: Ask, this: Ask, pairs: int) -> Verdict:
+    times: tuple[list[float], list[float]] = ([], [])
+    digests: list[str] = []
+    for i in range(-2, pairs):  # two pairs warm up
+        for side in (0, 1) if i % 2 == 0 else (1, 0):
+            found = (other, this)[side](name)
+            where = ("the other revision", "this revision")[side]
+            if "error" in found:
+                return Verdict(name, "missing", why=f"{where}: {found['error']}")
+            if not found["equal"]:
+                return Verdict(name, "wrong", why=f"{where}: not the reference's bits, so it has no speed")
+            if i < 0:
+                digests.append(found["digest"])
+            else:
+                times[side].append(found["us"])
+    return judge(name, times[0], times[1], len(set(digests)) > 1)
+
+
+def judge(name: str, before: Sequence[float], after: Sequence[float], numbers_changed: bool) -> Verdict:
+    """The verdict on pairs of times."""
+    ratios = np.array(after) / np.array(before)
+    draws = np.random.default_rng(0).integers(0, len(ratios), (_RESAMPLES, len(ratios)))
+    low, high = np.quantile(np.median(ratios[draws], axis=1), [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
+    ratio = float(np.median(ratios))
+    sure = not low <= 1 <= high and abs(ratio - 1) > SAME
+    verdict = "same" if not sure else "slower" if ratio > 1 else "faster"
+    times = float(np.median(before)), float(np.median(after))
+    return Verdict(name, verdict, ratio, (float(low), float(high)), times, numbers_changed)
+
+
+@contextmanager
+def revisions(rev: str, profile: str) -> Iterator[tuple[Ask, Ask]]:
+    """The workers of revision `rev`, in a worktree that is removed afterwards, and of the tree as it is.
+
+    Raises InvalidInput for a revision that git does not have."""
+    root = Path(__file__).resolve().parent.parent
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "tree"
+        done = _git(root, "worktree", "add", "--detach", str(folder), rev)
+        if done.returncode:
+            raise InvalidInput(f"{rev}: no such revision can be checked out: {done.stderr.strip()}")
+        stack.callback(_git, root, "worktree", "remove", "--force", str(folder))
+        yield stack.enter_context(worker(folder, profile)), stack.enter_context(worker(root, profile))
+
+
+@contextmanager
+def worker(tree: Path, profile: str, module: str = "exactmoe.bench.worker") -> Iterator[Ask]:
+    """A worker on the sources in `tree`."""
+    import os
+
+    env = {**os.environ, "PYTHONPATH": str(tree / "src")}
+    env.pop("TRITON_INTERPRET", None)
+    process = subprocess.Popen(
+        [sys.executable, "-m", module, profile], cwd=tree, env=env, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+    def ask(name: str) -> dict[str, Any]:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write(name + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            said = process.stderr.read().strip()[-600:] if process.stderr else ""
+            raise MissingEnvironment(f"the worker in {tree} ended: {said}")
+        return dict(json.loads(line))
+
+    try:
+        yield ask
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def _git(root: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, check=False)

@@ -1,0 +1,51 @@
+"""One revision's side of a comparison: times a benchmark whenever it is asked.
+
+    python -m exactmoe.bench.worker PROFILE
+
+It reads names, a line each, and answers each with a line of JSON: {"name", "us", "equal", "digest"}, or {"name",
+"error"} for a benchmark it does not have. What a benchmark needs is made when it is first asked for, and judged."""
+
+import json
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any, TextIO
+
+
+def serve(names: Iterable[str], answer: Callable[[str], dict[str, Any]], out: TextIO) -> None:
+    """Answer every name with a line."""
+    for line in names:
+        name = line.strip()
+        if name:
+            out.write(json.dumps({"name": name, **answer(name)}) + "\n")
+            out.flush()
+
+
+def timer(profile: str) -> Callable[[str], dict[str, Any]]:
+    """Answers for the benchmarks of this revision on this machine's CUDA device."""
+    from exactmoe.kernels.launch import resolve_device
+
+    device = resolve_device("cuda")
+    from exactmoe.bench.cases import benches
+    from exactmoe.bench.clock import CALLS_AT_LEAST, capture, elapsed
+    from exactmoe.bench.run import calls_of, judge
+
+    table = benches(profile)
+    ready: dict[str, tuple[bool, str, Any, int]] = {}
+
+    def answer(name: str) -> dict[str, Any]:
+        if name not in table:
+            return {"error": f"this revision has no benchmark {name}"}
+        if name not in ready:
+            equal, digest = judge(table[name].case, device)
+            calls = list(calls_of(table[name], device))
+            work = calls * max(1, -(-CALLS_AT_LEAST // len(calls)))
+            ready.clear()  # one at a time, or two revisions' weights fill the device
+            ready[name] = equal, digest, capture(work), len(work)
+        equal, digest, graph, count = ready[name]
+        return {"us": elapsed(graph.replay) / count if equal else None, "equal": equal, "digest": digest}
+
+    return answer
+
+
+if __name__ == "__main__":
+    serve(sys.stdin, timer(sys.argv[1]), sys.stdout)
