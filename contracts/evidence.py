@@ -1,10 +1,11 @@
-"""What a recorded test run showed: a JSON file with a seal, so that an edited one is told from one that a run wrote.
+"""What a recorded test run showed: a JSON file with a seal, a checksum that an accidental edit breaks.
 
     {"format": 1, "device": "cpu" | "gpu", "machine": ..., "versions": {...}, "commit": ..., "date": ...,
-     "numerics": ..., "files": {path: sha256}, "tests": {node id: [passed, failed, skipped]},
+     "numerics": ..., "files": {path: sha256}, "tests": {node id: [passed, failed, skipped, left out]},
      "seal": sha256 of all the rest}
 
-A node id stands for all its parameters. Tests that were deselected are not in it, and prove nothing."""
+A node id stands for all its parameters; left out are those that were collected and did not run. A test that was left
+out whole is not in it, and proves nothing."""
 
 import hashlib
 import json
@@ -36,14 +37,16 @@ class Record:
     date: str  # UTC, ISO 8601
     numerics: str  # version of the arithmetic
     files: dict[str, str]  # what any contract covers or cites -> sha256
-    tests: dict[str, tuple[int, int, int]]  # node id without parameters -> passed, failed, skipped
+    tests: dict[str, tuple[int, int, int, int]]  # node id without parameters -> passed, failed, skipped, left out
 
     def outcome(self, node_id: str) -> Outcome | None:
-        """What became of a test: failed if any of its parameters did, passed if all did, None if it did not run."""
-        passed, failed, skipped = self.tests.get(node_id, (0, 0, 0))
+        """What became of a test: failed if any of its parameters did, passed if all did that this device can run.
+
+        None if it did not run. Parameters are left out on a cpu that need a gpu; on a gpu none may be."""
+        passed, failed, skipped, left_out = self.tests.get(node_id, (0, 0, 0, 0))
         if failed:
             return "failed"
-        if skipped:
+        if skipped or (left_out and self.device == "gpu"):
             return "skipped"
         return "passed" if passed else None
 

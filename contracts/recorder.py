@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import platform
 import subprocess
+from collections import Counter
 from collections.abc import Generator
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from exactmoe.contracts.status import concerned
 from exactmoe.contracts.validate import files, load
 
 _COUNTS = pytest.StashKey[dict[str, list[int]]]()
+_COLLECTED = pytest.StashKey[Counter[str]]()
+_HASHES = pytest.StashKey[dict[str, str]]()
 _PLACE = {"passed": 0, "failed": 1, "skipped": 2}
 _PACKAGES = ("torch", "triton", "numpy", "pytest")
 
@@ -35,13 +38,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Begin to count."""
+    """Begin to count; what the tests run on is what the files hold now."""
     config.stash[_COUNTS] = {}
+    config.stash[_COLLECTED] = Counter()
+    config.stash[_HASHES] = _hashes(config.rootpath) if config.getoption("--record-evidence") else {}
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """List the tests, before any is left out."""
+    config.stash[_COLLECTED].update(function(item.nodeid) for item in items)
     path = config.getoption("--list-tests")
     if path:
         Path(path).write_text(json.dumps(sorted({function(item.nodeid) for item in items})), encoding="utf-8")
@@ -73,8 +79,8 @@ def function(node_id: str) -> str:
 def _record(config: pytest.Config) -> Record:
     root = config.rootpath
     loaded = [load(path)[0].contract for path in files([root / "contracts"])]
-    names = {name for contract in loaded if contract for name in concerned(contract, root)}
-    counts = config.stash[_COUNTS]
+    before, now = config.stash[_HASHES], _hashes(root)
+    counts, collected = config.stash[_COUNTS], config.stash[_COLLECTED]
     device, machine = _device()
     return Record(
         device=device,
@@ -83,9 +89,21 @@ def _record(config: pytest.Config) -> Record:
         commit=config.getoption("--evidence-commit") or _commit(root),
         date=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         numerics=next((c.metadata.version for c in loaded if c and c.metadata.id == "numerics-v1"), "unknown"),
-        files={name: content_hash(root / name) for name in sorted(names)},
-        tests={name: (ok, bad, left) for name, (ok, bad, left) in sorted(counts.items()) if ok + bad + left},
+        # A file that changed while the tests ran was not what they ran on.
+        files={name: found if before.get(name) == found else "" for name, found in sorted(now.items())},
+        tests={
+            name: (ok, bad, left, max(collected[name] - ok - bad - left, 0))
+            for name, (ok, bad, left) in sorted(counts.items())
+            if ok + bad + left
+        },
     )
+
+
+def _hashes(root: Path) -> dict[str, str]:
+    """sha256 of every file that a contract covers or cites."""
+    loaded = [load(path)[0].contract for path in files([root / "contracts"])]
+    names = {name for contract in loaded if contract for name in concerned(contract, root)}
+    return {name: content_hash(root / name) for name in names}
 
 
 def _device() -> tuple[str, str]:

@@ -160,8 +160,8 @@ def _shown(
         changed = tuple(record.changed(names, root))
         if state == "passed" and changed:
             state = "stale"
-        if state == "failed" and changed:
-            continue  # of another code: it has not passed, and has not failed either
+        if changed and (state != "stale" or best.state == "passed"):
+            continue  # of other code: it has not failed, and a pass of what the files hold now says more
         best = Shown(device, state, record, changed)
     return best
 

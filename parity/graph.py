@@ -2,6 +2,7 @@
 
 The chain is the one model.traced and parity.reference.traced spell; a test holds each step against their stages."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from exactmoe.kernels.errors import InvalidInput
@@ -91,3 +92,15 @@ def parse_stage(text: str, n_layers: int) -> Key:
 def order(n_layers: int) -> list[Key]:
     """Every (stage, layer), in an order in which each comes after all that it reads."""
     return keys(n_layers)
+
+
+class Graph(NamedTuple):
+    """Stages and what each reads: what a bisection walks over."""
+
+    order: Callable[[int], list[Key]]  # of n_layers
+    inputs: Callable[[str, int, int], list[Key]]  # of stage, layer, n_layers
+    blocks: bool  # whether a stage of weights can be made from one block of them
+
+
+TRACED = Graph(order, inputs, blocks=True)
+"""Every stage of a traced pass."""

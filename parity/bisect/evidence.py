@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from exactmoe.model.stages import WHOLE_MODEL
 from exactmoe.parity.bisect.search import HIDDEN, INHERITED, Evidence
-from exactmoe.parity.graph import inputs
+from exactmoe.parity.graph import TRACED, Graph
 from exactmoe.parity.provenance import numerics_version, versions
 
 if TYPE_CHECKING:
@@ -22,11 +22,12 @@ def evidence_of(
     tokens: Sequence[int],
     profile: str,
     device: "torch.device | None",
+    graph: Graph = TRACED,
 ) -> dict[str, Any]:
     """Everything as JSON has it; `device` is where kernels ran, None where none did."""
     return {
         "verdict": found.sentence,
-        "next": _next(found, file, past, tokens, profile),
+        "next": _next(found, file, past, tokens, profile, graph),
         "model": Path(file.path).name,
         "model_sha256": file.sha256(),
         "numerics": numerics_version(),
@@ -39,7 +40,9 @@ def evidence_of(
     }
 
 
-def _next(found: Evidence, file: "GGUFFile", past: Sequence[int], tokens: Sequence[int], profile: str) -> str:
+def _next(
+    found: Evidence, file: "GGUFFile", past: Sequence[int], tokens: Sequence[int], profile: str, graph: Graph
+) -> str:
     """The command that takes the question further."""
     prompt = f"--tokens {','.join(map(str, [*past, *tokens]))}"
     common = f"{file.path} {prompt} --activations {profile}"
@@ -51,7 +54,7 @@ def _next(found: Evidence, file: "GGUFFile", past: Sequence[int], tokens: Sequen
         return f"compute-sanitizer --tool racecheck {again}"
     at = "" if found.layer == WHOLE_MODEL else f"@{found.layer}"
     if found.origin.verdict == INHERITED:
-        reads = inputs(found.stage, found.layer, found.layer + 1)
+        reads = graph.inputs(found.stage, found.layer, found.layer + 1)
         stage, layer = reads[0]
         return f"{again} --stage {stage}" + ("" if layer == WHOLE_MODEL else f"@{layer}")
     return f"{again} --stage {found.stage}{at}"

@@ -9,7 +9,7 @@ import numpy as np
 from exactmoe.model.stages import Key
 from exactmoe.parity.bits import Array
 from exactmoe.parity.diff.traces import DiffReport, diff_traces
-from exactmoe.parity.graph import order
+from exactmoe.parity.graph import TRACED, Graph
 from exactmoe.parity.steps import Steps
 from exactmoe.parity.trace.capture import margin_ulp
 from exactmoe.parity.trace.manifest import Manifest
@@ -46,9 +46,14 @@ class _All:
 
 
 def report_of(
-    reference: Steps, suspect: Steps, evidence: Mapping[str, Any], past: Sequence[int], tokens: Sequence[int]
+    reference: Steps,
+    suspect: Steps,
+    evidence: Mapping[str, Any],
+    past: Sequence[int],
+    tokens: Sequence[int],
+    graph: Graph = TRACED,
 ) -> DiffReport:
-    """Both sides once more over `tokens`, compared stage by stage."""
+    """Both sides once more over `tokens`, compared stage by stage, those of `graph`."""
     first = len(past)
     common = {name: evidence[name] for name in ("model", "model_sha256", "numerics", "activations", "versions")}
     sides = []
@@ -65,7 +70,9 @@ def report_of(
         )
         stages = steps.trace(past, tokens, _All())
         sides.append(
-            _Held({key: stages[key] for key in order(reference.n_layers) if key in stages}, manifest, steps.n_active)
+            _Held(
+                {key: stages[key] for key in graph.order(reference.n_layers) if key in stages}, manifest, steps.n_active
+            )
         )
     suspect_name = evidence["found"]["suspect"]
     report = diff_traces(sides[0], sides[1], names=("reference", suspect_name))

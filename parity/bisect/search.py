@@ -21,7 +21,7 @@ from exactmoe.kernels.errors import InvalidInput, require
 from exactmoe.kernels.formats import BLOCK, executable_format
 from exactmoe.model.stages import Key
 from exactmoe.parity.bits import Array, Comparison, canonical_bits, compare
-from exactmoe.parity.graph import NODES, inputs, order, tensor_name
+from exactmoe.parity.graph import NODES, TRACED, Graph, tensor_name
 from exactmoe.parity.run import label
 
 if TYPE_CHECKING:
@@ -122,12 +122,13 @@ def bisect(
     name: str = "suspect",
     stage: Key | None = None,
     progress: Progress | None = None,
+    graph: Graph = TRACED,
 ) -> Evidence:
     """Compare the pass over `tokens`, after `past`, of two implementations; `stage` asks about that one instead.
 
     Raises InvalidInput for no token, and where one side keeps a stage of another form than the other."""
     require(len(tokens) > 0, "no token to run: nothing would be compared")
-    return _Search(reference, suspect, file, tokens, past, name, progress or (lambda _: None)).run(stage)
+    return _Search(reference, suspect, file, tokens, past, name, progress or (lambda _: None), graph).run(stage)
 
 
 class _Range:
@@ -151,14 +152,17 @@ class _Search:
         past: Sequence[int],
         name: str,
         progress: Progress,
+        graph: Graph,
     ) -> None:
+        self.graph = graph
         self.reference, self.suspect, self.file, self.name = reference, suspect, file, name
         self.tokens, self.past, self.progress = tuple(tokens), tuple(past), progress
-        self.order = order(reference.n_layers)
+        self.order = graph.order(reference.n_layers)
         self.passes = self.steps = 0
         self.probes: list[tuple[str, str, bool]] = []
         progress("reference")
-        self.truth = reference.trace(self.past, self.tokens, _Range(self.order))
+        experts = [("moe_router_indices", layer) for layer in range(reference.n_layers)]  # tell whose a row is
+        self.truth = reference.trace(self.past, self.tokens, _Range([*self.order, *experts]))
         missing = [key for key in self.order if key not in self.truth]
         require(not missing, f"the reference kept no {label(*missing[0])}" if missing else "")
 
@@ -223,7 +227,7 @@ class _Search:
     def origin(self, key: Key, asked: bool) -> Origin:
         """Who is to blame, by exchanging the inputs. A stage that was searched for reads none that differs."""
         self.progress(f"{label(*key)} from exchanged inputs")
-        reads = list(dict.fromkeys(inputs(*key, self.reference.n_layers)))
+        reads = list(dict.fromkeys(self.graph.inputs(*key, self.reference.n_layers)))
         theirs = self.kept(reads) if asked and reads else {k: self.truth[k] for k in reads}
         equal = all(self.compare(k, theirs[k]).equal for k in reads)
         here = not self.compare(key, self.make(self.suspect, key, self.truth)).equal
@@ -251,7 +255,12 @@ class _Search:
             found.count, found.differing, found.first, found.left, found.right, positions, experts, feature,
             tensor=tensor_name(stage, layer),
         )  # fmt: skip
-        if NODES[stage].quantised is None or common.tensor is None or origin.suspect_on_reference:
+        if (
+            not self.graph.blocks
+            or NODES[stage].quantised is None
+            or common.tensor is None
+            or origin.suspect_on_reference
+        ):
             return common
         return self.block(key, common)
 
@@ -267,7 +276,7 @@ class _Search:
         if stage.startswith("moe_expert_"):
             expert = int(self.truth["moe_router_indices", layer][t, place.first[1]])
         resident, corrupt = self.resident(place.tensor, size)
-        fixed = {k: self.truth[k][t : t + 1] for k in inputs(*key, self.reference.n_layers)}
+        fixed = {k: self.truth[k][t : t + 1] for k in self.graph.inputs(*key, self.reference.n_layers)}
         source = (NODES[stage].quantised or "", layer)
         at = (0, *place.first[1:])
 

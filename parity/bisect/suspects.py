@@ -1,6 +1,7 @@
 """What `--suspect SPEC` can name, and how each is run.
 
-    triton                    the Triton kernels, as they are
+    triton                    the Triton kernels of the traced pass, as they are
+    decode                    production's decode step: the last token, after all others as its prompt
     fault:NAME[@LAYER]        a planted fault of parity.faults: the reference with one mistake, no GPU needed
     OP=FILE.py:FUNCTION       the Triton forward pass with one op replaced by a function of a file
     OP=package.module:NAME    the same, from an installed module
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exactmoe.kernels.errors import InvalidInput, require
+from exactmoe.parity import decode_steps
+from exactmoe.parity.decode_steps import decode_sides
 from exactmoe.parity.graph import OPS
 
 if TYPE_CHECKING:
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
     from exactmoe.model.gguf.reader import GGUFFile
     from exactmoe.parity.steps import Steps
 
-GRAMMAR = "triton | fault:NAME[@LAYER] | OP=FILE.py:FUNCTION | OP=package.module:FUNCTION"
+GRAMMAR = "triton | decode | fault:NAME[@LAYER] | OP=FILE.py:FUNCTION | OP=package.module:FUNCTION"
 
 
 @contextmanager
@@ -45,9 +48,13 @@ def sides(
         with prepared(find(name), file, tokens, profile, layer=int(layer) if at else None) as pair:
             yield pair.reference, pair.suspect
         return
-    reference = ReferenceSteps(reference_weights(file), profile)
-    function = None if spec == "triton" else user_op(spec)
+    function = None if spec in ("triton", "decode") else user_op(spec)
     require(device is not None, "kernels need a device to run on")
+    if is_decode(spec):
+        with decode_sides(file, profile, device, function) as pair:
+            yield pair
+        return
+    reference = ReferenceSteps(reference_weights(file), profile)
     from exactmoe.model.weights import load_model
 
     assert device is not None
@@ -59,12 +66,18 @@ def sides(
         yield reference, suspect
 
 
+def is_decode(spec: str) -> bool:
+    """Whether a spec suspects the decode step, or an op that only it has."""
+    return spec == "decode" or spec.partition("=")[0] in set(decode_steps.OPS) - set(OPS)
+
+
 def user_op(spec: str) -> tuple[str, Any]:
     """The op that `OP=WHERE:FUNCTION` replaces, and the function. Raises InvalidInput that says what is wrong."""
     op, equals, where = spec.partition("=")
     source, colon, name = where.rpartition(":")
     require(bool(equals and colon and source and name), f"suspect {spec!r} is none of: {GRAMMAR}")
-    require(op in OPS, f"there is no op {op!r}; ops: {', '.join(OPS)}")
+    known = dict.fromkeys([*OPS, *decode_steps.OPS])
+    require(op in known, f"there is no op {op!r}; ops: {', '.join(known)}")
     module = _from_file(Path(source)) if source.endswith(".py") else _from_module(source)
     function = getattr(module, name, None)
     require(function is not None, f"{source} has no {name!r}")

@@ -72,12 +72,18 @@ class Project:
         subprocess.run([*command, *options], cwd=self.root, capture_output=True, check=False)
         return out
 
-    def passing(self, device: str = "cpu", where: str = "passing.json", **tests: tuple[int, int, int]) -> Path:
+    def passing(
+        self,
+        device: str = "cpu",
+        where: str = "passing.json",
+        date: str = "2026-01-01T00:00:00+00:00",
+        **tests: tuple[int, int, int, int],
+    ) -> Path:
         """What a run would record in which every test passes, but for those given."""
-        counts = {"test_one": (1, 0, 0), "test_two": (2, 0, 0), "test_three": (1, 0, 0)} | tests
+        counts = {"test_one": (1, 0, 0, 0), "test_two": (2, 0, 0, 0), "test_three": (1, 0, 0, 0)} | tests
         files = {name: content_hash(self.root / name) for name in ("sums.py", "tests/test_sums.py")}
         record = Record(
-            device, "a machine", {}, "abc", "2026-01-01T00:00:00+00:00", "1.0.0", files,
+            device, "a machine", {}, "abc", date, "1.0.0", files,
             {f"tests/test_sums.py::{name}": count for name, count in counts.items()},
         )  # fmt: skip
         write(record, self.root / where)
@@ -174,9 +180,41 @@ def test_a_run_of_some_tests_is_no_evidence_of_the_others(real: Project) -> None
     assert (record.device, record.commit) == ("cpu", "abc")
     assert {"python", "torch", "triton", "numpy"} <= record.versions.keys()
     assert record.files.keys() == {"sums.py", "tests/test_sums.py"}
-    assert record.tests == {"tests/test_sums.py::test_one": (1, 0, 0)}
+    assert record.tests == {"tests/test_sums.py::test_one": (1, 0, 0, 0)}
     assert states(found) == {"FALSIFY-1 cpu": "passed", "FALSIFY-2 cpu": "bound"}
     assert found.status == "PROPOSED"
+
+
+def test_some_parameters_do_not_stand_for_all_where_all_can_run(project: Project) -> None:
+    project.edit(project.contract, "devices: [cpu]", "devices: [cpu, gpu]")
+    gpu = project.passing("gpu", "gpu.json", test_two=(1, 0, 0, 1))
+    found = project.status(project.passing(test_two=(1, 0, 0, 1)), gpu)
+    assert (states(found)["FALSIFY-2 cpu"], states(found)["FALSIFY-2 gpu"]) == ("passed", "skipped")
+    assert found.status == "ACTIVE_ALGORITHM_LEVEL"
+
+
+def test_a_parameter_that_was_not_chosen_is_counted(real: Project) -> None:
+    record = Record.load(real.run("-k", "test_one or test_two and 2"))
+    assert record.tests["tests/test_sums.py::test_two"] == (1, 0, 0, 1)
+
+
+def test_a_file_that_changes_while_the_tests_run_is_not_what_they_ran_on(real: Project) -> None:
+    real.edit(real.tests, "assert 1 + 1 == 2", "open('sums.py', 'w').write('changed')")
+    found = real.status(real.run())
+    assert set(states(found).values()) == {"stale"}
+
+
+@pytest.mark.parametrize("later", [{}, {"test_one": (0, 0, 1, 0)}, {"test_one": (0, 1, 0, 0)}])
+def test_what_a_later_run_said_of_other_code_does_not_hide_a_pass_of_this(
+    project: Project, later: dict[str, tuple[int, int, int, int]]
+) -> None:
+    this = project.passing()
+    text = (project.root / "sums.py").read_text()
+    (project.root / "sums.py").write_text("tried and taken back\n")
+    other = project.passing(where="other.json", date="2026-02-01T00:00:00+00:00", **later)
+    (project.root / "sums.py").write_text(text)
+    found = project.status(this, other)
+    assert (found.status, found.findings) == ("DISCHARGED", ())
 
 
 @pytest.mark.parametrize("change", [("def test_two", "def test_too"), ("def test_two", "def _test_two")])
@@ -209,7 +247,7 @@ def test_a_typed_status_above_the_evidence_is_an_error(project: Project, typed: 
 def test_an_edited_record_is_refused(project: Project) -> None:
     record = project.passing()
     data = json.loads(record.read_text())
-    data["tests"]["tests/test_sums.py::test_one"] = [5, 0, 0]
+    data["tests"]["tests/test_sums.py::test_one"] = [5, 0, 0, 0]
     record.write_text(json.dumps(data))
     with pytest.raises(Unusable, match="seal does not fit"):
         project.status(record)

@@ -15,6 +15,7 @@ HELP = "find the first wrong stage, expert and weight block, and whether it was 
 EXAMPLES = """examples:
   exactmoe bisect
   exactmoe bisect model.gguf --suspect route=my_router.py:my_route --first 32 --html report.html
+  exactmoe bisect --suspect decode
   exactmoe bisect --suspect fault:one-wrong-sub-scale -o evidence.json
   exactmoe bisect --suspect fault:approximate-exp@2 --stage moe_ffn_out@3
 
@@ -67,20 +68,30 @@ def run(args: argparse.Namespace) -> int:
     tokens = options.prompt(args, file)
     options.require_prompt(tokens, 0, config)
     require(0 <= args.past < len(tokens), f"--past {args.past} leaves none of {len(tokens)} tokens to compare")
-    past, tokens = tokens[: args.past], tokens[args.past :]
+    from exactmoe.parity import decode_steps
     from exactmoe.parity.bisect.evidence import evidence_of
     from exactmoe.parity.bisect.search import bisect
-    from exactmoe.parity.bisect.suspects import sides
-    from exactmoe.parity.graph import parse_stage
+    from exactmoe.parity.bisect.suspects import is_decode, sides
+    from exactmoe.parity.graph import TRACED, parse_stage
 
+    first, graph = args.past, TRACED
+    if is_decode(args.suspect):
+        first, graph = len(tokens) - 1, decode_steps.GRAPH
+        require(args.past in (0, first), f"--past {args.past}: a decode step has all tokens but the last before it")
+    past, tokens = tokens[:first], tokens[first:]
     stage = parse_stage(args.stage, config.n_layers) if args.stage is not None else None
+    if stage is not None:
+        known = dict.fromkeys(name for name, _ in graph.order(config.n_layers))
+        require(stage[0] in known, f"{args.suspect} gives no stage {stage[0]}, but {', '.join(known)}")
     with progress.status() as tell, sides(args.suspect, file, tokens, args.activations, device) as (right, suspect):
-        found = bisect(right, suspect, file, tokens, past=past, name=args.suspect, stage=stage, progress=tell)
-        evidence = evidence_of(found, file, past, tokens, args.activations, device)
+        found = bisect(
+            right, suspect, file, tokens, past=past, name=args.suspect, stage=stage, progress=tell, graph=graph
+        )
+        evidence = evidence_of(found, file, past, tokens, args.activations, device, graph)
         if args.html is not None or args.junit is not None:
             from exactmoe.parity.bisect.report import report_of
 
-            reports.write_reports(args, report_of(right, suspect, evidence, past, tokens), evidence)
+            reports.write_reports(args, report_of(right, suspect, evidence, past, tokens, graph), evidence)
     if args.output is not None:
         text = json.dumps(evidence, indent=2) + "\n"
         if args.output == "-":
