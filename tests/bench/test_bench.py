@@ -110,6 +110,9 @@ def test_a_run_is_added_to_the_file_of_its_device(tmp_path: Path, clock: None) -
 def test_the_command_lists_refuses_and_reads_history(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--list", "qkv"]) == 0
     assert capsys.readouterr().out.startswith("qkv                  matvec")
+    assert main(["bench", "--trace", "x.json"]) == 2
+    assert main(["bench", "--model", str(tmp_path / "none.gguf")]) == 2
+    capsys.readouterr()
     assert main(["bench", "no-such"]) == 2
     assert "experts-up" in capsys.readouterr().err
     assert main(["bench", "--history", str(tmp_path / "none.jsonl")]) == 2

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from exactmoe.cli import options
-from exactmoe.kernels.errors import InvalidInput
+from exactmoe.cli import options, progress
+from exactmoe.kernels.errors import InvalidInput, require
 
 if TYPE_CHECKING:
     from exactmoe.bench.run import Row
@@ -19,6 +19,7 @@ EXAMPLES = """examples:
   exactmoe bench qkv experts-up --activations q16_k --json -
   exactmoe bench --record
   exactmoe bench qkv lm-head --compare HEAD~1
+  exactmoe bench --model big.gguf --context 4096 --trace step.json
   exactmoe bench --history bench/results/nvidia-h100-80gb-hbm3.jsonl
 
 Times are of the device, between events around replays of a graph: cold with weights rotated so that they come from
@@ -42,6 +43,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compare", metavar="REF", help="time this tree against the git revision REF, both at once, in turn"
     )
+    parser.add_argument("--model", metavar="GGUF", help="time the whole decode step of this model instead")
+    parser.add_argument(
+        "--context", type=int, default=0, metavar="N", help="with --model: positions before the step (default: 0)"
+    )
+    parser.add_argument(
+        "--trace", type=Path, metavar="FILE", help="with --model: write a profile of some steps, for Perfetto"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the result as JSON too; - is stdout")
 
 
@@ -51,6 +59,9 @@ def run(args: argparse.Namespace) -> int:
         return _history(args)
     if args.json not in (None, "-"):
         options.require_writable(args.json)
+    if args.model is not None:
+        return _step(args)
+    require(args.trace is None and args.context == 0, "--trace and --context are of the decode step of a --model")
     from exactmoe.kernels.launch import resolve_device
 
     device = resolve_device("auto")
@@ -106,6 +117,38 @@ def _compare(args: argparse.Namespace, names: list[str]) -> int:
     failed = [verdict.name for verdict in verdicts if not verdict.passed]
     print(f"{len(verdicts)} compared with {args.compare}: {len(failed)} slower, wrong or missing", file=stream)
     return 1 if failed else 0
+
+
+def _step(args: argparse.Namespace) -> int:
+    """The decode step of a model."""
+    from exactmoe.kernels.launch import resolve_device
+
+    require(args.context >= 0, f"--context must be 0 or more, got {args.context}")
+    require(not (args.names or args.compare or args.record), "--model times one step: no names, --compare or --record")
+    if args.trace is not None:
+        options.require_writable(args.trace)
+    file, _ = options.open_model(args.model)
+    device = resolve_device("cuda")
+    from statistics import median
+
+    from exactmoe.bench.step import TOKENS, busy, summary, time_step, trace_step
+    from exactmoe.model.weights import load_model
+
+    stream = sys.stderr if args.json == "-" else sys.stdout
+    with progress.transfer("loading") as tell:
+        model = load_model(file, device, args.activations, args.context + TOKENS, tell)
+    samples = time_step(model, args.context)
+    us = median(samples)
+    spread = f"{min(samples):.1f} to {max(samples):.1f}"
+    print(f"{us:.1f} us a token ({spread}), {1e6 / us:.1f} tokens/s after {args.context} positions", file=stream)
+    found = {"context": args.context, "activations": args.activations, "us": samples, "tokens_s": 1e6 / us}
+    if args.trace is not None:
+        trace = trace_step(model, args.context, args.trace)
+        for kernel in summary(trace):
+            print(f"{kernel.name:36} {kernel.calls:6} calls {kernel.median:9.2f} us {kernel.total:11.1f}", file=stream)
+        print(f"{busy(trace):.1f} us busy; {args.trace} opens in ui.perfetto.dev", file=stream)
+    _write_json(args.json, found)
+    return 0
 
 
 def _line(row: "Row") -> str:
