@@ -40,6 +40,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     options.add_activations(parser)
     parser.add_argument("--record", action="store_true", help="add the run to the history in bench/results")
     parser.add_argument("--history", type=Path, metavar="FILE", help="print the runs that FILE holds, and run nothing")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="with --history: write it as a page with plots")
     parser.add_argument(
         "--compare", metavar="REF", help="time this tree against the git revision REF, both at once, in turn"
     )
@@ -57,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
     """Judge and time; 0 if all are right, else 1."""
     if args.history is not None:
         return _history(args)
+    require(args.html is None, "--html draws a --history")
     if args.json not in (None, "-"):
         options.require_writable(args.json)
     if args.model is not None:
@@ -168,4 +170,10 @@ def _history(args: argparse.Namespace) -> int:
     if not runs:
         raise InvalidInput(f"{args.history}: no run is recorded there")
     print("\n".join(lines(runs, args.names)))
+    if args.html is not None:
+        from exactmoe.bench.page import render_history
+
+        options.require_writable(args.html)
+        with options.whole_file(args.html) as out:
+            out.write(render_history(runs, args.history.stem).encode())
     return 0
