@@ -14,12 +14,17 @@ FOLDER = Path(__file__).resolve().parent / "results"
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The runs of a file, oldest first. Raises InvalidInput for a line that is no run."""
+    """The runs of a file, oldest first; a benchmark of another activation profile than q8_k is one of its own.
+
+    Raises InvalidInput for a line that is no run."""
     runs = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             found = json.loads(line)
-            found["rows"], found["commit"], found["date"]
+            found["commit"], found["date"]
+            for row in found["rows"]:
+                if found["activations"] != "q8_k":
+                    row["name"] = f"{row['name']} {found['activations']}"
         except (ValueError, KeyError, TypeError) as error:
             raise InvalidInput(f"{path}:{number}: not a recorded run: {error}") from error
         runs.append(found)
@@ -30,7 +35,7 @@ def lines(runs: list[dict[str, Any]], names: list[str]) -> Iterator[str]:
     """The history of each benchmark, one line a run: median, share of the roof, and whether its numbers changed."""
     known = list(dict.fromkeys(row["name"] for run in runs for row in run["rows"]))
     for name in known:
-        if names and name not in names:
+        if names and name.split()[0] not in names:
             continue
         yield name
         before = None

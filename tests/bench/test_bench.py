@@ -93,6 +93,14 @@ def test_the_history_says_when_numbers_changed_and_never_calls_that_faster(tmp_p
     assert not any("faster" in line for line in shown)
 
 
+def test_another_activation_profile_is_another_benchmark(tmp_path: Path) -> None:
+    file = tmp_path / "gpu.jsonl"
+    file.write_text(_run("a", 9, "x") + "\n" + _run("b", 12, "y").replace("q8_k", "q16_k"))
+    shown = list(lines(read(file), ["qkv"]))
+    assert [line for line in shown if not line.startswith(" ")] == ["qkv", "qkv q16_k"]
+    assert not any("numbers changed" in line for line in shown)
+
+
 @pytest.mark.parametrize("line", ["{}", "nothing", "[1]"])
 def test_a_history_with_a_line_that_is_no_run_is_refused(tmp_path: Path, line: str) -> None:
     file = tmp_path / "gpu.jsonl"
