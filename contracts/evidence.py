@@ -1,6 +1,6 @@
 """What a recorded test run showed: a JSON file with a seal, a checksum that an accidental edit breaks.
 
-    {"format": 1, "device": "cpu" | "gpu", "machine": ..., "versions": {...}, "commit": ..., "date": ...,
+    {"format": 2, "device": "cpu" | "gpu", "machine": ..., "versions": {...}, "commit": ..., "date": ...,
      "numerics": ..., "files": {path: sha256}, "tests": {node id: [passed, failed, skipped, left out]},
      "seal": sha256 of all the rest}
 
@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-FORMAT = 1
+FORMAT = 2
 FOLDER = "contracts/evidence"
 """Where the records that ship lie, relative to the repository."""
 
@@ -76,6 +76,8 @@ class Record:
             record = Record(**{**data, "tests": {name: tuple(counts) for name, counts in data["tests"].items()}})
         except (TypeError, KeyError, AttributeError) as error:
             raise Unusable(f"{path}: not the fields of a record: {error}") from error
+        if any(len(counts) != 4 for counts in record.tests.values()):
+            raise Unusable(f"{path}: a test has four counts: passed, failed, skipped, left out")
         if record.device not in ("cpu", "gpu"):
             raise Unusable(f"{path}: device must be cpu or gpu, got {record.device!r}")
         return record

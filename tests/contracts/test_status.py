@@ -253,12 +253,18 @@ def test_an_edited_record_is_refused(project: Project) -> None:
         project.status(record)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 2}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 1}'])
 def test_what_is_no_record_is_refused(project: Project, text: str) -> None:
     file = project.root / "x.json"
     file.write_text(text)
     with pytest.raises(Unusable, match=r"x\.json: no (evidence|record)"):
         project.status(file)
+
+
+def test_a_record_without_a_count_of_what_was_left_out_is_refused(project: Project) -> None:
+    record = project.passing(test_one=(1, 0, 0))  # type: ignore[arg-type]
+    with pytest.raises(Unusable, match="four counts"):
+        project.status(record)
 
 
 def test_the_command_exits_with_0_1_or_2(project: Project, tmp_path: Path) -> None:
