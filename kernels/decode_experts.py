@@ -17,8 +17,8 @@ from exactmoe.kernels.formats import BLOCK
 from exactmoe.kernels.launch import FAITHFUL
 from exactmoe.kernels.matvec import fetch, fold
 from exactmoe.kernels.numerics import swiglu_of
-from exactmoe.kernels.packed import PackedMatrix, operand_slices, operand_stride, store_operand
-from exactmoe.kernels.router import of_rank, ranked, top_sum, weight_of
+from exactmoe.kernels.packed import Q4_K, PackedMatrix, operand_slices, operand_stride, store_operand
+from exactmoe.kernels.router import scores, take_best, weight_of
 from exactmoe.kernels.tensors import require_f32, slices
 
 
@@ -40,7 +40,7 @@ def experts_up(routed: Routed, gate: PackedMatrix, up: PackedMatrix, top_k: int)
     _experts_up_kernel[(top_k * triton.cdiv(F, tile.rows),)](
         *routed, *gate.planes, *up.planes, h,
         E=E, E2=triton.next_power_of_2(E), NB=NB, F=F, FORMAT=gate.format.ggml_id, FORMAT2=up.format.ggml_id,
-        S=S, BN=tile.rows, AHEAD=min(NB, tile.ahead), num_warps=tile.warps, **DEPENDENT, **FAITHFUL,
+        S=S, BN=tile.rows, AHEAD=min(NB, tile.ahead), WARPS=tile.warps, num_warps=tile.warps, **DEPENDENT, **FAITHFUL,
     )  # fmt: skip
     return h
 
@@ -51,6 +51,7 @@ def experts_down(routed: Routed, h: Tensor, down: PackedMatrix, x: Tensor, profi
     Bit-equal to parity.reference.decode_experts.experts_down."""
     E = routed.logits.shape[0]
     A, F = h.shape
+    A2 = triton.next_power_of_2(A)
     require_f32(h, "h", A, down.k)
     require(down.experts == E and 1 <= A <= E, f"{A} of {E} experts, weights are of {down.experts}")
     require_f32(x, "x", down.n)
@@ -59,28 +60,30 @@ def experts_down(routed: Routed, h: Tensor, down: PackedMatrix, x: Tensor, profi
     tile = tiles.experts_down(D)
     programs = triton.cdiv(D, tile.rows)
     words = operand_stride(F, slices(profile))
-    scratch = torch.empty(programs, A * words, dtype=torch.int32, device=x.device)
+    stride = A * words + A2 * tile.rows
+    scratch = torch.empty(programs, stride, dtype=torch.int32, device=x.device)
     _experts_down_kernel[(programs,)](
         routed.logits, h, *down.planes, x, y, scratch,
-        E=E, E2=triton.next_power_of_2(E), A=A, A2=triton.next_power_of_2(A), LEVELS=(A - 1).bit_length(), FB=FB,
-        FB2=triton.next_power_of_2(FB), D=D, FORMAT=down.format.ggml_id, S=slices(profile), WORDS=words,
+        E=E, E2=triton.next_power_of_2(E), A=A, A2=A2, FB=FB,
+        FB2=triton.next_power_of_2(FB), D=D, FORMAT=down.format.ggml_id, S=slices(profile), WORDS=words, STRIDE=stride,
         BN=tile.rows, AHEAD=min(FB, tile.ahead), num_warps=tile.warps, **DEPENDENT, **FAITHFUL,
     )  # fmt: skip
     return y
 
 
 @triton.jit
-def _choice(logits_ptr, E: tl.constexpr, E2: tl.constexpr):
-    e = tl.arange(0, E2)[None, :]
+def _scores(logits_ptr, ROWS: tl.constexpr, E: tl.constexpr, E2: tl.constexpr):
+    """`scores` of the logits, ROWS times the same: with a row for every warp no warp waits for another."""
+    e = tl.broadcast_to(tl.arange(0, E2)[None, :], [ROWS, E2])
     logit = tl.load(logits_ptr + e, e < E, 0.0)
-    return ranked(logit, e < E, tl.full([1], 1, tl.int1), E, E2)
+    return scores(logit, e < E, tl.full([ROWS], 1, tl.int1), E, E2)
 
 
 @triton.jit
 def _experts_up_kernel(
     logits_ptr, operand_ptr, words_ptr, high_ptr, scales_ptr, d_ptr, words2_ptr, high2_ptr, scales2_ptr, d2_ptr, h_ptr,
     E: tl.constexpr, E2: tl.constexpr, NB: tl.constexpr, F: tl.constexpr, FORMAT: tl.constexpr, FORMAT2: tl.constexpr,
-    S: tl.constexpr, BN: tl.constexpr, AHEAD: tl.constexpr,
+    S: tl.constexpr, BN: tl.constexpr, AHEAD: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     EVEN: tl.constexpr = F % BN == 0
     tiles_each: tl.constexpr = (F + BN - 1) // BN
@@ -88,8 +91,11 @@ def _experts_up_kernel(
     n = (tl.program_id(0) % tiles_each) * BN + tl.arange(0, BN)
     finish_wait()
     release_next()
-    _, rank, _ = _choice(logits_ptr, E, E2)
-    row = tl.max(of_rank(rank, k, tl.arange(0, E2)[None, :])).to(tl.int64) * F + n
+    key, _ = _scores(logits_ptr, WARPS, E, E2)
+    for _ in range(k):
+        _, _, key = take_best(key)
+    _, expert, _ = take_best(key)
+    row = tl.max(expert).to(tl.int64) * F + n
     operand = operand_ptr + tl.zeros([1], tl.int32)
     gate = (words_ptr, high_ptr, scales_ptr, d_ptr)
     up = (words2_ptr, high2_ptr, scales2_ptr, d2_ptr)
@@ -103,54 +109,48 @@ def _experts_up_kernel(
 @triton.jit
 def _experts_down_kernel(
     logits_ptr, h_ptr, words_ptr, high_ptr, scales_ptr, d_ptr, x_ptr, y_ptr, scratch_ptr,
-    E: tl.constexpr, E2: tl.constexpr, A: tl.constexpr, A2: tl.constexpr, LEVELS: tl.constexpr,
+    E: tl.constexpr, E2: tl.constexpr, A: tl.constexpr, A2: tl.constexpr,
     FB: tl.constexpr, FB2: tl.constexpr, D: tl.constexpr, FORMAT: tl.constexpr, S: tl.constexpr,
-    WORDS: tl.constexpr, BN: tl.constexpr, AHEAD: tl.constexpr,
+    WORDS: tl.constexpr, STRIDE: tl.constexpr, BN: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     EVEN: tl.constexpr = A == A2 and D % BN == 0
     planes = (words_ptr, high_ptr, scales_ptr, d_ptr)
     # A tile's rows are BN features of every rank: row k*BN + i is feature i of the expert of rank k.
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     ranks = tl.arange(0, A2)
-    prob, rank, bad = _choice(logits_ptr, E, E2)
-    chosen = rank == ranks[:, None]
-    expert = tl.max(tl.where(chosen, tl.arange(0, E2)[None, :], 0), axis=1).to(tl.int64)  # [A2]
+    key, bad = _scores(logits_ptr, A2, E, E2)
+    expert = tl.zeros([A2], tl.int32)
+    prob = tl.zeros([A2], tl.float32)
+    total = tl.zeros([A2], tl.float32)
+    for k in tl.static_range(A):
+        best, e, key = take_best(key)
+        expert = tl.where(ranks == k, e, expert)
+        prob = tl.where(ranks == k, best, prob)
+        total = total + best
+    expert = expert.to(tl.int64)
     row = tl.reshape(expert[:, None] * D + n[None, :], [A2 * BN])
     live = tl.reshape((ranks < A)[:, None] & (n < D)[None, :], [A2 * BN])
     fetched = fetch(planes, row, live, FB, FORMAT, EVEN, AHEAD)
-    total = top_sum(prob, rank, A) + tl.zeros([A2], tl.float32)
-    weight = weight_of(tl.max(tl.where(chosen, prob, 0.0), axis=1), bad, total, A)
+    weight = weight_of(prob, bad, total, A)
     finish_wait()
     release_next()
-    at_ptr = scratch_ptr + tl.program_id(0) * (A * WORDS)
+    at_ptr = scratch_ptr + tl.program_id(0) * STRIDE
     # All ranks' blocks at once: block b of rank k is row k*FB2 + b of the tile.
     r = tl.arange(0, A2 * FB2)
     k_of, b_of = r // FB2, r % FB2
     real = (k_of < A) & (b_of < FB)
     j = (tl.arange(0, 2) * 128)[:, None, None] + tl.arange(0, 128)[None, None, :]
     h = tl.load(h_ptr + (k_of * FB + b_of)[None, :, None] * 256 + j, real[None, :, None], 0.0)
-    store_operand(h, k_of * WORDS, tl.where(real, b_of, FB), at_ptr, FB, S)
+    store_operand(h, k_of * WORDS, tl.where(real, b_of, FB), at_ptr, FB, S, FORMAT == Q4_K)
     tl.debug_barrier()
     of_row = tl.minimum(tl.arange(0, A2 * BN) // BN, A - 1) * WORDS
     y = fold(fetched, planes, row, live, at_ptr + of_row, FB, FORMAT, S, EVEN, AHEAD)
     y = weight[:, None] * tl.reshape(y, [A2, BN])
-    acc = left_fold(tl.trans(y), A, LEVELS)
-    tl.store(y_ptr + n, tl.load(x_ptr + n, n < D, 0.0) + acc, n < D)
-
-
-@triton.jit
-def left_fold(y, A: tl.constexpr, LEVELS: tl.constexpr):
-    """0 + y[:, 0] + ... + y[:, A-1] of f32 [N, 2^LEVELS], in that order."""
-    N: tl.constexpr = y.shape[0]
-    columns = (y,)  # type: tuple[tl.tensor, ...]
-    for level in tl.static_range(LEVELS):
-        halves = ()  # type: tuple[tl.tensor, ...]
-        for i in tl.static_range(1 << level):
-            pair = tl.trans(tl.reshape(columns[i], [N, 2, 1 << (LEVELS - level - 1)]), 0, 2, 1)
-            low, high = tl.split(pair)
-            halves = halves + (low, high)  # noqa: RUF005 - Triton has no *
-        columns = halves
-    acc = tl.zeros([N], tl.float32)
+    # Through memory, and not from layout to layout: then a thread folds all ranks of a feature.
+    y_at = (scratch_ptr + tl.program_id(0) * STRIDE + A * WORDS).to(tl.pointer_type(tl.float32), bitcast=True)
+    tl.store(y_at + ranks[:, None] * BN + tl.arange(0, BN)[None, :], y)
+    tl.debug_barrier()
+    acc = tl.zeros([BN], tl.float32)
     for k in tl.static_range(A):
-        acc = acc + tl.reshape(columns[k], [N])
-    return acc
+        acc = acc + tl.load(y_at + k * BN + tl.arange(0, BN))
+    tl.store(y_ptr + n, tl.load(x_ptr + n, n < D, 0.0) + acc, n < D)

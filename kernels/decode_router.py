@@ -79,6 +79,5 @@ def _decode_router_kernel(
     else:
         finish_wait()
         release_next()
-        store_operand(
-            load_row(x_ptr, norm_ptr, eps, NB, NB2), tl.zeros([NB2], tl.int32), tl.arange(0, NB2), operand_ptr, NB, S
-        )
+        x = load_row(x_ptr, norm_ptr, eps, NB, NB2)
+        store_operand(x, tl.zeros([NB2], tl.int32), tl.arange(0, NB2), operand_ptr, NB, S, True)

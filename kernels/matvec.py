@@ -19,9 +19,11 @@ from exactmoe.kernels.formats import BLOCK
 from exactmoe.kernels.launch import FAITHFUL
 from exactmoe.kernels.numerics import fixed_point_23, inverse_rms_of, magnitude
 from exactmoe.kernels.packed import (
+    Q4_K,
     PackedMatrix,
     block_product,
     load_block,
+    of_lanes,
     operand_index,
     operand_stride,
     store_operand,
@@ -102,13 +104,13 @@ def fold(
     """y [N] of weight rows `row` against the operand at `x_ptr` [1], or [N] of each: block products, left to right.
 
     The first AHEAD blocks are `fetched`; each one used makes room for one more."""
-    acc = tl.zeros([row.shape[0]], tl.float32)
+    acc = tl.zeros([1, row.shape[0]], tl.float32)
     for b in tl.static_range(NB):
-        acc = acc + block_product(fetched[b], x_ptr, b, NB, FORMAT, S)
+        acc = acc + block_product(fetched[b], planes, row, live, x_ptr, b, NB, FORMAT, S, EVEN)
         if b + AHEAD < NB:
             more = load_block(planes, row, live, b + AHEAD, NB, FORMAT, EVEN)
             fetched = fetched + (more,)  # noqa: RUF005
-    return acc
+    return of_lanes(acc)
 
 
 @triton.jit
@@ -125,7 +127,8 @@ def _segment(
         fetched = fetch(planes, n.to(tl.int64), n < N, NB, FORMAT, EVEN, AHEAD)
     finish_wait()
     release_next()
-    store_operand(load_row(x_ptr, norm_ptr, eps, NB, NB2), tl.zeros([NB2], tl.int32), tl.arange(0, NB2), at_ptr, NB, S)
+    x = load_row(x_ptr, norm_ptr, eps, NB, NB2)
+    store_operand(x, tl.zeros([NB2], tl.int32), tl.arange(0, NB2), at_ptr, NB, S, FORMAT == Q4_K)
     tl.debug_barrier()
     if LOOP:
         for tile in range(pid, tl.cdiv(N, BN), tl.num_programs(0)):

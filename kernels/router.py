@@ -13,7 +13,7 @@ from torch import Tensor
 from exactmoe.kernels import tiles
 from exactmoe.kernels.errors import require
 from exactmoe.kernels.launch import FAITHFUL
-from exactmoe.kernels.numerics import INF_BITS, P_ONE, bits_of, exp, exponent, magnitude, nan_where, pow2, round_even
+from exactmoe.kernels.numerics import INF_BITS, P_ONE, bits_of, exp, exponent, from_bits, magnitude, nan_where, pow2, round_even
 from exactmoe.kernels.tensors import require_f32
 
 _MAX_WIDTH = 16384
@@ -136,39 +136,43 @@ def _route_kernel(
     e = tl.arange(0, E2)
     real = (t < T)[:, None] & (e < E)[None, :]
     logit = tl.load(logits_ptr + t.to(tl.int64)[:, None] * E + e[None, :], real, 0.0)
-    prob, rank, bad = ranked(logit, real, t < T, E, E2)
-    total = top_sum(prob, rank, A)
+    key, bad = scores(logit, real, t < T, E, E2)
+    chosen = ()  # type: tuple[tl.tensor, ...]
+    total = tl.zeros([BT], tl.float32)
     for k in tl.static_range(A):
-        at = t.to(tl.int64) * A + k
-        tl.store(weight_ptr + at, weight_of(of_rank(rank, k, prob), bad, total, A), t < T)
-        tl.store(expert_ptr + at, of_rank(rank, k, tl.broadcast_to(e[None, :], rank.shape)), t < T)
+        prob, expert, key = take_best(key)
+        chosen = chosen + (prob,)  # noqa: RUF005 - Triton has no *
+        total = total + prob
+        tl.store(expert_ptr + t.to(tl.int64) * A + k, expert, t < T)
+    for k in tl.static_range(A):
+        tl.store(weight_ptr + t.to(tl.int64) * A + k, weight_of(chosen[k], bad, total, A), t < T)
 
 
 @triton.jit
-def ranked(logit, real, live, E: tl.constexpr, E2: tl.constexpr):
-    """Probability and rank of every expert of rows of logits [BT, E2], and whether a row holds NaN or infinity [BT].
+def scores(logit, real, live, E: tl.constexpr, E2: tl.constexpr):
+    """Bits of the probability of every expert of rows of logits [BT, E2], -1 beyond the experts, and whether a row holds
+    NaN or infinity [BT].
 
-    `real` says which elements are logits, `live` which rows are tokens."""
-    e = tl.arange(0, E2)
+    `real` says which elements are logits, `live` which rows are tokens. Probabilities are not negative, so their bits
+    order them."""
+    inside = (tl.arange(0, E2) < E)[None, :]
     bad = tl.max(magnitude(logit), axis=1) >= INF_BITS  # [BT]
     logit = tl.where(bad[:, None], 0.0, logit)
-    m = tl.max(tl.where((e < E)[None, :], logit, float("-inf")), axis=1)
+    m = tl.max(tl.where(inside, logit, float("-inf")), axis=1)
     p = tl.where(real, exp(logit - m[:, None]), 0.0)
-    den = tl.sum(round_even(p * P_ONE).to(tl.int64), axis=1).to(tl.float32) * (1.0 / P_ONE)
+    den = tl.sum(round_even(p * P_ONE), axis=1).to(tl.float32) * (1.0 / P_ONE)  # at most 2^10 terms of 2^20
     den = tl.where(live, den, 1.0)[:, None]
-    prob = tl.div_rn(p, tl.broadcast_to(den, p.shape))
-    # Probabilities are not negative, so their bits order them; the low half prefers the smaller id.
-    key = tl.where((e < E)[None, :], (bits_of(prob).to(tl.int64) << 32) | (E2 - e)[None, :].to(tl.int64), -1)
-    return prob, tl.sum((key[:, None, :] > key[:, :, None]).to(tl.int32), axis=2), bad  # experts that beat this one
+    return tl.where(inside, bits_of(tl.div_rn(p, tl.broadcast_to(den, p.shape))), -1), bad
 
 
 @triton.jit
-def top_sum(prob, rank, A: tl.constexpr):
-    """Probabilities of ranks 0..A-1, folded in that order, [BT]."""
-    total = tl.zeros([prob.shape[0]], tl.float32)
-    for k in tl.static_range(A):
-        total = total + of_rank(rank, k, prob)
-    return total
+def take_best(key):
+    """Probability and expert [BT] of the largest of `scores` [BT, E2], the smaller expert of equal ones, and the others'."""
+    E2: tl.constexpr = key.shape[1]
+    e = tl.arange(0, E2)[None, :]
+    top = tl.max(key, axis=1)
+    expert = tl.min(tl.where(key == top[:, None], e, E2), axis=1)
+    return from_bits(top), expert, tl.where(e == expert[:, None], -1, key)
 
 
 @triton.jit
@@ -179,8 +183,3 @@ def weight_of(prob, bad, total, A: tl.constexpr):
     w = tl.div_rn(prob, tl.where(none, 1.0, total))
     return nan_where(bad, tl.where(none, uniform, w))
 
-
-@triton.jit
-def of_rank(rank, k, values):
-    """What `values` [BT, E2], not negative, hold for the expert of rank `k`, [BT]."""
-    return tl.max(tl.where(rank == k, values, tl.zeros_like(values)), axis=1)

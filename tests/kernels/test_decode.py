@@ -30,7 +30,7 @@ def test_packing_loses_no_bit_of_a_block(device: torch.device) -> None:
     (weight,), *_ = tensors(Matvec(5, 768, "Q6_K", "q8_k").arguments(), device)
     packed = pack(weight)
     low = packed.words.view(torch.uint8).view(5, 3, 128)
-    high = packed.high.view(torch.uint8).view(5, 3, 64)
+    high = packed.high.view(torch.uint8).view(5, 3, 64) ^ 0xAA
     scales = packed.scales.view(torch.uint8).view(5, 3, 2, 2, 4).transpose(3, 4).reshape(5, 3, 16)
     d = packed.d.view(torch.uint8).view(5, 3, 2)
     assert torch.cat([low, high, scales, d], dim=2).view(5, -1).equal(weight.data)
