@@ -38,6 +38,7 @@ from exactmoe.model.weights import Model
 PATH = Path(__file__).with_name("proxies.lock.json")
 LIKE = "qwen3-coder-30b-a3b"
 _CHOSEN = ("_experts_up_kernel", "_experts_down_kernel")
+_AT_A_POSITION = ("_decode_scores_kernel", "_decode_values_kernel")
 
 
 class Step(NamedTuple):
@@ -66,7 +67,9 @@ def count_step(profile: str = "q8_k") -> Step:
 
     def run(self: JITFunction[Any], *args: Any, **_options: Any) -> None:
         launches[self.__name__] += 1
-        distinct = {a.data_ptr(): a for a in args if isinstance(a, torch.Tensor)}
+        # What is only fetched ahead is counted where it is read.
+        own = (a for name, a in zip(self.arg_names, args, strict=False) if not name.startswith("later"))
+        distinct = {a.data_ptr(): a for a in own if isinstance(a, torch.Tensor)}
         read[self.__name__] += _bytes(self.__name__, list(distinct.values()), config)
 
     with _replaced(run):
@@ -87,7 +90,7 @@ def _bytes(kernel: str, tensors: list[torch.Tensor], config: Config) -> int:
             size = size // config.n_experts * config.n_active
         elif kernel == "_embed_kernel" and size > 2**20:
             size //= config.vocab
-        elif kernel == "_decode_attention_kernel" and tensor.ndim > 1 and tensor.shape[0] == 16:
+        elif kernel in _AT_A_POSITION and tensor.ndim > 1 and tensor.shape[0] == 16:
             size //= 16  # one position of the cache and of the rope table
         total += size
     return total
@@ -121,7 +124,7 @@ def _model(c: Config, profile: str) -> Model:
         rows, blocks = weight.data.numel() // weight.data.shape[-1], weight.k // 256
         words, high, scales = (torch.empty(rows, blocks * n, dtype=torch.int32) for n in (32, 16, 4))
         d = torch.empty(rows, blocks, dtype=torch.float16)
-        return PackedMatrix(words, high, scales, d, weight.format, weight.n, weight.k, rows // weight.n)
+        return PackedMatrix(words, high, scales, d, weight.format, weight.n, weight.k, rows // weight.n, weight.data)
 
     def norm(width: int) -> Norm:
         return Norm(torch.empty(width), float(c.eps))

@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from exactmoe.kernels import tiles
+from exactmoe.kernels.dependent import DEPENDENT, finish_wait, release_next
 from exactmoe.kernels.errors import require
 from exactmoe.kernels.launch import FAITHFUL
 from exactmoe.kernels.numerics import ordered
@@ -38,14 +39,18 @@ def _argmax(logits: Tensor, out: Tensor, position: Tensor | None) -> None:
         M = tiles.argmax(V)
         parts = triton.cdiv(V, M)
         best = torch.empty(T, parts, dtype=torch.int64, device=logits.device)
-        _best_kernel[(T, parts)](logits, best, V=V, M=M, num_warps=4, **FAITHFUL)
-        _argmax_kernel[(T,)](best, out, position, PARTS=parts, N=triton.next_power_of_2(parts), num_warps=4, **FAITHFUL)
+        _best_kernel[(T, parts)](logits, best, V=V, M=M, num_warps=4, **DEPENDENT, **FAITHFUL)
+        _argmax_kernel[(T,)](
+            best, out, position, PARTS=parts, N=triton.next_power_of_2(parts), num_warps=4, **DEPENDENT, **FAITHFUL
+        )
 
 
 @triton.jit
 def _best_kernel(x_ptr, best_ptr, V: tl.constexpr, M: tl.constexpr):
     t = tl.program_id(0).to(tl.int64)
     j = tl.program_id(1) * M + tl.arange(0, M)
+    finish_wait()
+    release_next()
     x = tl.load(x_ptr + t * V + j, j < V, 0.0)
     # One integer key orders by value, then by smaller id.
     key = (ordered(x).to(tl.int64) << 32) | (2147483647 - j).to(tl.int64)
@@ -57,6 +62,8 @@ def _best_kernel(x_ptr, best_ptr, V: tl.constexpr, M: tl.constexpr):
 def _argmax_kernel(best_ptr, out_ptr, position_ptr, PARTS: tl.constexpr, N: tl.constexpr):
     t = tl.program_id(0)
     i = tl.arange(0, N)
+    finish_wait()
+    release_next()
     top = tl.max(tl.load(best_ptr + t.to(tl.int64) * PARTS + i, i < PARTS, -9223372036854775808), axis=0)
     tl.store(out_ptr + t, (2147483647 - (top & 0xFFFFFFFF)).to(tl.int32))
     if position_ptr is not None:

@@ -1,9 +1,15 @@
 """One token's attention, from its projections to the heads' outputs.      qkv [(H+2G)*C] f32 -> [H*C] f32
 Promised order: as qk_norm_rope, append and attend, one after another.
 
-A program takes one head. It quantises its query and, as all heads of a group do alike, the new key and value, which it
-appends. Dots run on i32: a query in two slices 128h + l (|k|*127*C < 2^31), a weight in two, 2048h + l (2047*8192*128 <
-2^31), joined in i64."""
+A program takes every PARTS-th tile of keys of one kv head, for all its query heads. Probabilities need the largest
+score of all keys, so there are two launches: scores, then weighted values. A context of one tile is done in the first.
+
+Dots run on tensor cores, on slices. A key is its two bytes, 256h + l + 128 with l from -128 to 127, a query 128h + l,
+all as int8. A value is its bytes too, with h within 32, but as f16 that carry integers, as do the slices of a weight,
+1024h + l: a sum over 128 keys is at most 1024 * 128 * 128 = 2^24, exact in f32. What 128 adds is 128 times the sum of
+the queries, or of the weights. Slices are joined, and parts added, in i64."""
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -11,11 +17,12 @@ import triton.language as tl
 from torch import Tensor
 
 from exactmoe.kernels import tiles
+from exactmoe.kernels.atomics import add_integers, arrive
 from exactmoe.kernels.attention import fixed_point
 from exactmoe.kernels.dependent import DEPENDENT, finish_wait, release_next
 from exactmoe.kernels.errors import require
 from exactmoe.kernels.kv_cache import KVLayer, require_kv
-from exactmoe.kernels.launch import FAITHFUL
+from exactmoe.kernels.launch import FAITHFUL, interpreting
 from exactmoe.kernels.matvec import Norm
 from exactmoe.kernels.numerics import (
     INF_BITS,
@@ -27,18 +34,28 @@ from exactmoe.kernels.numerics import (
     reciprocal,
     round_even,
 )
-from exactmoe.kernels.rope import RopeTable, normed_rotated
+from exactmoe.kernels.prefetch import prefetch, spans
+from exactmoe.kernels.rope import RopeTable, load_heads, load_turn, normed_rotated
 from exactmoe.kernels.tensors import require_f32
 
 _MAX_KEYS = 262144  # as kernels.attention
-_MAX_WIDTH = 1024  # a head's |k * query slice| sum stays below 2^31
+_MAX_WIDTH = 1024  # a head's sum of int8 products stays below 2^31
+_INTERPRETED = tl.constexpr(interpreting())
 
 
-def decode_attention(qkv: Tensor, q_norm: Norm, k_norm: Norm, rope: RopeTable, kv: KVLayer, position: Tensor) -> Tensor:
+def decode_attention(
+    qkv: Tensor,
+    q_norm: Norm,
+    k_norm: Norm,
+    rope: RopeTable,
+    kv: KVLayer,
+    position: Tensor,
+    later: Sequence[Tensor] = (),
+) -> Tensor:
     """Output [H*C] of the token at `position` [1] i32, on the device, whose key and value are appended to `kv`.
 
     `qkv` holds the projections of H query heads, then G keys, then G values. The caller has checked that the position
-    lies in the cache. Bit-equal to parity.reference.decode_attention.decode_attention."""
+    lies in the cache. `later` is fetched ahead. Bit-equal to parity.reference.decode_attention.decode_attention."""
     P, G, C = kv.k.shape
     require_f32(qkv, "qkv", None)
     heads = qkv.shape[0] // C - 2 * G
@@ -51,85 +68,275 @@ def decode_attention(qkv: Tensor, q_norm: Norm, k_norm: Norm, rope: RopeTable, k
     require(P <= _MAX_KEYS, f"attention is exact up to {_MAX_KEYS} keys, the cache has {P}")
     require(rope.cos.shape[0] >= P and rope.cos.shape[1] * 2 == C, "the rope table does not fit the cache")
     require(position.dtype == torch.int32 and position.numel() == 1, "position must be one i32")
+    C2 = max(32, triton.next_power_of_2(C))
+    tile = tiles.decode_attention(P, G, C2)
+    per = heads // G
+    sizes = {
+        "H": heads, "G": G, "C": C, "C2": C2, "R": max(8, triton.next_power_of_2(per)),
+        "BK": tile.keys, "PARTS": tile.parts,
+    }  # fmt: skip
     out = torch.empty(heads * C, dtype=torch.float32, device=qkv.device)
     scores = torch.empty(heads, P, dtype=torch.float32, device=qkv.device)
-    keys, warps = tiles.decode_attention(P)
-    _decode_attention_kernel[(heads,)](
-        qkv, q_norm.weight, k_norm.weight, q_norm.eps, *rope, position, *kv, scores, out, P,
-        H=heads, G=G, C=C, C2=triton.next_power_of_2(C), BK=keys, num_warps=warps, **DEPENDENT, **FAITHFUL,
+    tops = torch.empty(heads + G, tile.parts, dtype=torch.float32, device=qkv.device)
+    sums = torch.empty(heads * C + heads, dtype=torch.int64, device=qkv.device)
+    arrived = torch.empty(G, dtype=torch.int32, device=qkv.device)
+    slices = torch.empty(G, tile.parts, 2 * sizes["R"], C2, dtype=torch.int8, device=qkv.device)
+    ahead = spans(later)
+    _decode_scores_kernel[(G, tile.parts)](
+        qkv, q_norm.weight, k_norm.weight, q_norm.eps, *rope, position, *kv,
+        slices, scores, tops, sums, arrived, out, *ahead[:2], P,
+        **sizes, LATER=ahead[2], LATER2=ahead[3], WARPS=tile.warps,
+        num_warps=tile.warps, num_stages=1, **DEPENDENT, **FAITHFUL,
+    )  # fmt: skip
+    _decode_values_kernel[(G, tile.parts)](
+        position, kv.v, kv.v_scale, scores, tops, sums, arrived, out, P,
+        **sizes, PARTS2=triton.next_power_of_2(tile.parts),
+        num_warps=tile.warps, num_stages=1, **DEPENDENT, **FAITHFUL,
     )  # fmt: skip
     return out
 
 
 @triton.jit(do_not_specialize=["P"])
-def _decode_attention_kernel(
+def _decode_scores_kernel(
     qkv_ptr, q_norm_ptr, k_norm_ptr, eps, cos_ptr, sin_ptr, position_ptr, k_ptr, ks_ptr, v_ptr, vs_ptr,
-    scores_ptr, out_ptr, P,
-    H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, C2: tl.constexpr, BK: tl.constexpr,
+    slices_ptr, scores_ptr, tops_ptr, sums_ptr, arrived_ptr, out_ptr, later_ptr, later2_ptr, P,
+    H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, C2: tl.constexpr, R: tl.constexpr,
+    BK: tl.constexpr, PARTS: tl.constexpr, LATER: tl.constexpr, LATER2: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
-    h = tl.program_id(0)
-    g = h // (H // G)
+    PER: tl.constexpr = H // G
+    g, part = tl.program_id(0), tl.program_id(1)
     c = tl.arange(0, C2)
+    r = tl.arange(0, R)
     one = tl.zeros([1], tl.int32)
-    row = c[None, :] < C
+    row = (r < PER)[:, None] & (c < C)[None, :]
+    # The step before this one wrote them, so there is nothing to wait for; the new key and value come later.
+    position = tl.load(position_ptr)
+    count = position // BK + 1  # tiles of keys
+    s = part * BK + tl.arange(0, BK)
+    k, ks, vs = _load_keys(k_ptr, ks_ptr, vs_ptr, s, s < position, (0, 0.0, 0.0), g, G, C, C2)
+    head = g * PER + r
+    at = position + tl.zeros([R], tl.int32)
+    turn = load_turn(q_norm_ptr + one, cos_ptr, sin_ptr, r < PER, at, C, C2)
+    turn_k = load_turn(k_norm_ptr + one, cos_ptr, sin_ptr, r < R, at, C, C2)
+    prefetch(later_ptr, LATER, part * G + g, G * PARTS, 32 * WARPS)
+    prefetch(later2_ptr, LATER2, part * G + g, G * PARTS, 32 * WARPS)
     finish_wait()
     release_next()
+    if part < count:
+        heads = load_heads(qkv_ptr + head * C, r < PER, C, C2)
+        # R times the same, so that each warp has a row of its own and waits for none.
+        key_ptr = qkv_ptr + (H + g) * C + tl.zeros([R], tl.int32)
+        key = load_heads(key_ptr, r < R, C, C2)
+        value = tl.load(key_ptr[:, None] + G * C + c[None, :], (c < C)[None, :], 0.0)
+        if (count - 1) % PARTS == part:
+            new_slot = position.to(tl.int64) * G + g + tl.zeros([R], tl.int64)
+            new_at = new_slot[:, None] * C + c[None, :]
+            first = (r == 0)[:, None] & (c < C)[None, :]
+            new, scale = quantize_15(normed_rotated(key, turn_k, eps, C, C2))
+            tl.store(k_ptr + new_at, new.to(tl.int16), first)
+            tl.store(ks_ptr + new_slot, scale, r == 0)
+            new, scale = quantize_pow2(value)
+            tl.store(v_ptr + new_at, new.to(tl.int16), first)
+            tl.store(vs_ptr + new_slot, scale, r == 0)
+        q, q_scale = quantize_15(normed_rotated(heads, turn, eps, C, C2))
+        factor = q_scale * reciprocal(tl.sqrt_rn(tl.full([R], C, tl.float32)))
+        q_sum = tl.sum(q, axis=1)
+        q_high = (q + 64) >> 7
+        rows_ptr = slices_ptr + (g * PARTS + part) * (2 * R * C2)
+        slice_at = rows_ptr + r[:, None] * C2 + c[None, :]
+        tl.store(slice_at, q_high.to(tl.int8))
+        tl.store(slice_at + R * C2, (q - 128 * q_high).to(tl.int8))
+        tl.debug_barrier()
+        # Through memory, where the new key is too: then each comes back in the layout that its use wants.
+        q_slices = tl.load(rows_ptr + tl.arange(0, 2 * R)[:, None] * C2 + c[None, :])
+        v = _load_tile(v_ptr, s, (s <= position) & (count == 1), 0, g, G, C, C2)
+        top = tl.full([R], float("-inf"), tl.float32)
+        wide = tl.zeros([BK], tl.float32)
+        score = tl.zeros([R, BK], tl.float32)
+        for tile in range(part, count, PARTS):
+            s = tile * BK + tl.arange(0, BK)
+            k, ks, vs = _load_keys(k_ptr, ks_ptr, vs_ptr, s, s == position, (k, ks, vs), g, G, C, C2)
+            score = (_dots(q_slices, q_sum, k).to(tl.float32) * factor[:, None]) * ks[None, :]
+            seen = (r < PER)[:, None] & (s <= position)[None, :]
+            far = magnitude(vs) >= INF_BITS
+            strange = (magnitude(score) >= INF_BITS) | far[None, :]
+            # Scores are finite, so infinity marks a row that has one which is not.
+            marked = tl.where(seen, tl.where(strange, float("inf"), score), float("-inf"))
+            top = tl.maximum(top, tl.max(marked, axis=1))
+            wide = tl.maximum(wide, tl.where((s <= position) & (far == 0), vs, 0.0))
+            if count > 1:
+                score_at = (g * PER + r)[:, None].to(tl.int64) * P + s[None, :]
+                tl.store(scores_ptr + score_at, score, seen)
+            s += PARTS * BK
+            k, ks, vs = _load_keys(k_ptr, ks_ptr, vs_ptr, s, s < position, (0, 0.0, 0.0), g, G, C, C2)
+
+        if count > 1:
+            tl.store(tops_ptr + (g * PER + r) * PARTS + part, top, r < PER)
+            tl.store(tops_ptr + (H + g) * PARTS + part, tl.max(wide))
+            if part == 0:
+                zero = tl.zeros([R, C2], tl.int64)
+                tl.store(sums_ptr + (g * PER + r)[:, None] * C + c[None, :], zero, row)
+                tl.store(sums_ptr + H * C + g * PER + r, tl.zeros([R], tl.int64), r < PER)
+                tl.store(arrived_ptr + g, 0)
+        else:
+            bad = top == float("inf")
+            s = tl.arange(0, BK)
+            w = tl.max(wide)
+            seen = (r < PER)[:, None] & (s <= position)[None, :] & (bad == 0)[:, None]
+            scales = tl.load(vs_ptr + s.to(tl.int64) * G + g, s <= position, 0.0)
+            den, num = _weighted(score, seen, tl.where(bad, 0.0, top), scales, w, v)
+            y = _quotient(num, den.to(tl.int64), bad, w)
+            tl.store(out_ptr + (g * PER + r)[:, None] * C + c[None, :], y, row)
+
+
+@triton.jit
+def _load_keys(k_ptr, ks_ptr, vs_ptr, s, live, other, g, G: tl.constexpr, C: tl.constexpr, C2: tl.constexpr):
+    """Keys `s`, their scales and those of their values, where `live`; else `other`."""
+    slot = s.to(tl.int64) * G + g
+    return (
+        _load_tile(k_ptr, s, live, other[0], g, G, C, C2),
+        tl.load(ks_ptr + slot, live, other[1]),
+        tl.load(vs_ptr + slot, live, other[2]),
+    )
+
+
+@triton.jit
+def _load_tile(ptr, s, live, other, g, G: tl.constexpr, C: tl.constexpr, C2: tl.constexpr):
+    """Rows `s` of kv head `g`, i16 [BK, C2], where `live`; else `other`."""
+    c = tl.arange(0, C2)[None, :]
+    slot = (s.to(tl.int64) * G + g)[:, None]
+    return tl.load(ptr + slot * C + c, live[:, None] & (c < C), other)
+
+
+@triton.jit
+def _bytes(x):
+    """The bytes h and l, int8, of i16 x = 256h + l + 128."""
+    if _INTERPRETED:
+        return (x >> 8).to(tl.int8), ((x & 255) - 128).to(tl.int8)
+    else:
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $2, $3, 0x7531; prmt.b32 $1, $2, $3, 0x6420; xor.b32 $1, $1, 0x80808080;",
+            "=r,=r,r,r", [x], dtype=(tl.int8, tl.int8), is_pure=True, pack=4,
+        )  # fmt: skip
+
+
+@triton.jit
+def _carried_bytes(x):
+    """The same bytes as f16, |h| at most 128."""
+    if _INTERPRETED:
+        return (x >> 8).to(tl.float16), ((x & 255) - 128).to(tl.float16)
+    else:  # 0x64 over a byte is 1024 more than it
+        h, low = tl.inline_asm_elementwise(
+            "xor.b32 $0, $2, 0x80008000; prmt.b32 $0, $0, 0x64, 0x4341; prmt.b32 $1, $2, 0x64, 0x4240;",
+            "=&r,=r,r", [x], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
+        )  # fmt: skip
+        return h - 1152.0, low - 1152.0
+
+
+@triton.jit
+def _stack(a, b):
+    """Rows of `a` [M, N], then those of `b`."""
+    M: tl.constexpr = a.shape[0]
+    N: tl.constexpr = a.shape[1]
+    return tl.reshape(tl.permute(tl.join(a, b), (2, 0, 1)), [2 * M, N])
+
+
+@triton.jit
+def _unstack(x):
+    """What `_stack` put together. On a tensor core's result it moves nothing: a thread has row i and row i + 8."""
+    M: tl.constexpr = x.shape[0] // 2
+    N: tl.constexpr = x.shape[1]
+    return tl.split(tl.permute(tl.reshape(x, [2, M, N]), (1, 2, 0)))
+
+
+@triton.jit
+def _dots(q_slices, q_sum, k):
+    """Exact products [R, BK] i64 of queries, slices h and l [2R, C2] and sums [R], with keys [BK, C2] i16."""
+    WORD: tl.constexpr = tl.int32 if k.shape[1] <= 512 else tl.int64  # 128 * 127 * 128 * 512 < 2^31
+    k_high, k_low = _bytes(k)
+    hh, lh = _unstack(tl.dot(q_slices, tl.trans(k_high), out_dtype=tl.int32))
+    hl, ll = _unstack(tl.dot(q_slices, tl.trans(k_low), out_dtype=tl.int32))
+    high, low = 128 * hh.to(WORD) + lh, 128 * hl.to(WORD) + ll
+    return 256 * high.to(tl.int64) + (low.to(tl.int64) + 128 * q_sum.to(tl.int64)[:, None])
+
+
+@triton.jit
+def _weighted(score, seen, m, vs, w, v):
+    """Sums over a tile of keys: of the probabilities, i32 [R], and of the weighted values, i64 [R, C2].
+
+    `vs` are the values' scales [BK], `w` the largest of the context."""
+    p = fixed_point(score, seen, m)
+    den = tl.sum(round_even(p * P_ONE), axis=1)
+    share = tl.div_rn(vs, tl.full(vs.shape, 1.0, tl.float32) * tl.where(w > 0.0, w, 1.0))
+    weight = round_even((p * share[None, :]) * P_ONE)
+    slices = _stack((weight >> 10).to(tl.float16), (weight & 1023).to(tl.float16))
+    v_high, v_low = _carried_bytes(v)
+    hh, lh = _unstack(tl.dot(slices, v_high))
+    hl, ll = _unstack(tl.dot(slices, v_low))
+    high, low = 1024 * _whole(hh) + _whole(lh), 1024 * _whole(hl) + _whole(ll)
+    return den, 256 * high + low + 128 * tl.sum(weight, axis=1).to(tl.int64)[:, None]
+
+
+@triton.jit
+def _whole(x):
+    """f32 that hold integers, as i64."""
+    return x.to(tl.int32).to(tl.int64)
+
+
+@triton.jit
+def _quotient(num, den, bad, w):
+    """Outputs [R, C2] from the sums over all keys; NaN in rows that are `bad`."""
+    below = tl.where(bad | (den == 0), 1.0, den.to(tl.float32))[:, None]
+    y = tl.div_rn(num.to(tl.float32), tl.broadcast_to(below, num.shape)) * w
+    return nan_where(bad[:, None], y)
+
+
+@triton.jit(do_not_specialize=["P"])
+def _decode_values_kernel(
+    position_ptr, v_ptr, vs_ptr, scores_ptr, tops_ptr, sums_ptr, arrived_ptr, out_ptr, P,
+    H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, C2: tl.constexpr, R: tl.constexpr,
+    BK: tl.constexpr, PARTS: tl.constexpr, PARTS2: tl.constexpr,
+):  # fmt: skip
+    PER: tl.constexpr = H // G
+    g, part = tl.program_id(0), tl.program_id(1)
+    c = tl.arange(0, C2)
+    r = tl.arange(0, R)
+    head = g * PER + r
+    row = (r < PER)[:, None] & (c < C)[None, :]
     position = tl.load(position_ptr)
-    turn = one + position
-    live = one == 0
-    q = normed_rotated(qkv_ptr + h * C + one, live, q_norm_ptr, cos_ptr, sin_ptr, turn, eps, C, C2)
-    q, q_scale = quantize_15(q)
-    factor = q_scale * reciprocal(tl.sqrt_rn(tl.full([1], C, tl.float32)))
-    q_high = (q + 64) >> 7
-    q_low = q - 128 * q_high
-
-    new = normed_rotated(qkv_ptr + (H + g) * C + one, live, k_norm_ptr, cos_ptr, sin_ptr, turn, eps, C, C2)
-    new_slot = (one + position).to(tl.int64) * G + g
-    new_at = new_slot[:, None] * C + c[None, :]
-    new_k, new_scale = quantize_15(new)
-    tl.store(k_ptr + new_at, new_k.to(tl.int16), row)
-    tl.store(ks_ptr + new_slot, new_scale)
-    new_v, new_scale = quantize_pow2(tl.load(qkv_ptr + (H + G + g) * C + c[None, :], row, 0.0))
-    tl.store(v_ptr + new_at, new_v.to(tl.int16), row)
-    tl.store(vs_ptr + new_slot, new_scale)
-    tl.debug_barrier()
-
-    score_ptr = scores_ptr + h.to(tl.int64) * P
-    top = tl.full([BK], float("-inf"), tl.float32)
-    wide = tl.zeros([BK], tl.float32)
-    bad = tl.zeros([BK], tl.int32)
-    for at in range(0, position + 1, BK):
-        s = at + tl.arange(0, BK)
-        seen = s <= position
-        slot = s.to(tl.int64) * G + g
-        k = tl.load(k_ptr + slot[:, None] * C + c[None, :], seen[:, None] & row, 0).to(tl.int32)
-        dot = tl.sum(k * q_high, axis=1).to(tl.int64) * 128 + tl.sum(k * q_low, axis=1).to(tl.int64)
-        score = (dot.to(tl.float32) * factor) * tl.load(ks_ptr + slot, seen, 0.0)
-        vs = tl.load(vs_ptr + slot, seen, 0.0)
-        strange = (magnitude(score) >= INF_BITS) | (magnitude(vs) >= INF_BITS)
-        bad = tl.maximum(bad, (seen & strange).to(tl.int32))
-        fine = seen & (strange == 0)
-        top = tl.maximum(top, tl.where(fine, score, float("-inf")))
-        wide = tl.maximum(wide, tl.where(fine, vs, 0.0))
-        tl.store(score_ptr + s, score, seen)
-    nan = tl.max(bad) > 0
-    m = tl.where(nan, 0.0, tl.max(top)) + tl.zeros([1], tl.float32)
-    w = tl.max(wide)
-    share = tl.full([BK], 1.0, tl.float32) * tl.where(w > 0.0, w, 1.0)
-    tl.debug_barrier()
-
-    den = tl.zeros([BK], tl.int64)
-    num = tl.zeros([C2], tl.int64)
-    for at in range(0, position + 1, BK):
-        s = at + tl.arange(0, BK)
-        seen = (s <= position) & (nan == 0)
-        slot = s.to(tl.int64) * G + g
-        p = tl.reshape(fixed_point(tl.load(score_ptr + s, seen, 0.0)[None, :], seen[None, :], m), [BK])
-        den += round_even(p * P_ONE).to(tl.int64)
-        weight = round_even((p * tl.div_rn(tl.load(vs_ptr + slot, seen, 0.0), share)) * P_ONE)
-        v = tl.load(v_ptr + slot[:, None] * C + c[None, :], seen[:, None] & row, 0).to(tl.int32)
-        high = tl.sum((weight >> 11)[:, None] * v, axis=0).to(tl.int64)
-        num += 2048 * high + tl.sum((weight & 2047)[:, None] * v, axis=0).to(tl.int64)
-    below = tl.where(nan, 1.0, tl.sum(den).to(tl.float32)) + tl.zeros([C2], tl.float32)
-    y = nan_where(nan, tl.div_rn(num.to(tl.float32), below) * w)
-    tl.store(out_ptr + h * C + c, y, c < C)
+    count = position // BK + 1
+    s = part * BK + tl.arange(0, BK)
+    v = _load_tile(v_ptr, s, (s < position) & (count > 1), 0, g, G, C, C2)
+    finish_wait()
+    release_next()
+    active = tl.minimum(count, PARTS)
+    if (count > 1) & (part < active):
+        i = tl.arange(0, PARTS2)
+        tops = tl.load(
+            tops_ptr + head[:, None] * PARTS + i[None, :], (r < PER)[:, None] & (i < active)[None, :], float("-inf")
+        )
+        top = tl.max(tops, axis=1)
+        bad = top == float("inf")
+        m = tl.where(bad, 0.0, top)
+        w = tl.max(tl.load(tops_ptr + (H + g) * PARTS + i, i < active, 0.0))
+        den = tl.zeros([R], tl.int64)
+        num = tl.zeros([R, C2], tl.int64)
+        for tile in range(part, count, PARTS):
+            s = tile * BK + tl.arange(0, BK)
+            seen = ((r < PER) & (bad == 0))[:, None] & (s <= position)[None, :]
+            score = tl.load(scores_ptr + head[:, None].to(tl.int64) * P + s[None, :], seen, 0.0)
+            vs = tl.load(vs_ptr + s.to(tl.int64) * G + g, s <= position, 0.0)
+            v = _load_tile(v_ptr, s, s == position, v, g, G, C, C2)
+            part_den, part_num = _weighted(score, seen, m, vs, w, v)
+            den += part_den.to(tl.int64)
+            num += part_num
+            s += PARTS * BK
+            v = _load_tile(v_ptr, s, s < position, 0, g, G, C, C2)
+        sum_at = sums_ptr + head[:, None] * C + c[None, :]
+        den_at = sums_ptr + H * C + head
+        add_integers(sum_at, num, row)
+        add_integers(den_at, den, r < PER)
+        if arrive(arrived_ptr + g) == active - 1:  # the last part has all sums
+            num = tl.load(sum_at, row, 0, cache_modifier=".cg")
+            den = tl.load(den_at, r < PER, 1, cache_modifier=".cg")
+            tl.store(out_ptr + head[:, None] * C + c[None, :], _quotient(num, den, bad, w), row)

@@ -18,14 +18,17 @@ from exactmoe.kernels.launch import FAITHFUL
 from exactmoe.kernels.matvec import fetch, fold
 from exactmoe.kernels.numerics import swiglu_of
 from exactmoe.kernels.packed import Q4_K, PackedMatrix, operand_slices, operand_stride, store_operand
+from exactmoe.kernels.prefetch import prefetch
 from exactmoe.kernels.router import scores, take_best, weight_of
 from exactmoe.kernels.tensors import require_f32, slices
 
 
-def experts_up(routed: Routed, gate: PackedMatrix, up: PackedMatrix, top_k: int) -> Tensor:
+def experts_up(
+    routed: Routed, gate: PackedMatrix, up: PackedMatrix, top_k: int, later: PackedMatrix | None = None
+) -> Tensor:
     """silu(gate) * up of the `top_k` experts that the logits choose, best first: h [A, F].
 
-    Bit-equal to parity.reference.decode_experts.experts_up."""
+    Their part of `later` is fetched ahead. Bit-equal to parity.reference.decode_experts.experts_up."""
     E = routed.logits.shape[0]
     require_f32(routed.logits, "logits", E)
     require(1 <= top_k <= E, f"top_k must be 1 to the {E} experts, got {top_k}")
@@ -38,7 +41,8 @@ def experts_up(routed: Routed, gate: PackedMatrix, up: PackedMatrix, top_k: int)
     h = torch.empty(top_k, F, dtype=torch.float32, device=routed.logits.device)
     tile = tiles.experts_up(F)
     _experts_up_kernel[(top_k * triton.cdiv(F, tile.rows),)](
-        *routed, *gate.planes, *up.planes, h,
+        *routed, *gate.planes, *up.planes, h, *(later.planes if later else (None,) * 4),
+        LATER=later.plane_bytes if later else (0,) * 4,
         E=E, E2=triton.next_power_of_2(E), NB=NB, F=F, FORMAT=gate.format.ggml_id, FORMAT2=up.format.ggml_id,
         S=S, BN=tile.rows, AHEAD=min(NB, tile.ahead), WARPS=tile.warps, num_warps=tile.warps, **DEPENDENT, **FAITHFUL,
     )  # fmt: skip
@@ -82,6 +86,7 @@ def _scores(logits_ptr, ROWS: tl.constexpr, E: tl.constexpr, E2: tl.constexpr):
 @triton.jit
 def _experts_up_kernel(
     logits_ptr, operand_ptr, words_ptr, high_ptr, scales_ptr, d_ptr, words2_ptr, high2_ptr, scales2_ptr, d2_ptr, h_ptr,
+    later_ptr, later2_ptr, later3_ptr, later4_ptr, LATER: tl.constexpr,
     E: tl.constexpr, E2: tl.constexpr, NB: tl.constexpr, F: tl.constexpr, FORMAT: tl.constexpr, FORMAT2: tl.constexpr,
     S: tl.constexpr, BN: tl.constexpr, AHEAD: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
@@ -95,12 +100,18 @@ def _experts_up_kernel(
     for _ in range(k):
         _, _, key = take_best(key)
     _, expert, _ = take_best(key)
-    row = tl.max(expert).to(tl.int64) * F + n
+    expert = tl.max(expert).to(tl.int64)
+    row = expert * F + n
     operand = operand_ptr + tl.zeros([1], tl.int32)
     gate = (words_ptr, high_ptr, scales_ptr, d_ptr)
     up = (words2_ptr, high2_ptr, scales2_ptr, d2_ptr)
     fetched = fetch(gate, row, n < F, NB, FORMAT, EVEN, AHEAD)
     fetched2 = fetch(up, row, n < F, NB, FORMAT2, EVEN, AHEAD)
+    later = (later_ptr, later2_ptr, later3_ptr, later4_ptr)
+    for plane in tl.static_range(4):
+        if LATER[plane] > 0:
+            byte_ptr = later[plane].to(tl.pointer_type(tl.int8), bitcast=True) + expert * LATER[plane]
+            prefetch(byte_ptr, LATER[plane], tl.program_id(0) % tiles_each, tiles_each, 32 * WARPS)
     g = fold(fetched, gate, row, n < F, operand, NB, FORMAT, S, EVEN, AHEAD)
     u = fold(fetched2, up, row, n < F, operand, NB, FORMAT2, S, EVEN, AHEAD)
     tl.store(h_ptr + k * F + n, swiglu_of(g, u), n < F)

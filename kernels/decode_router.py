@@ -1,6 +1,7 @@
 """One token's way into the experts: norm, router logits, and the normed row quantised.      x [D] f32
 Promised order: as norm, router_logits and quantize, one after another; every program norms the row for itself."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from exactmoe.kernels.launch import FAITHFUL
 from exactmoe.kernels.matvec import Norm, load_row
 from exactmoe.kernels.numerics import INF_BITS, exponent, magnitude, nan_where, pow2, round_even
 from exactmoe.kernels.packed import operand_index, operand_words, store_operand
+from exactmoe.kernels.prefetch import prefetch, spans
 from exactmoe.kernels.router import RouterWeight, router_bits
 from exactmoe.kernels.tensors import require_f32, slices
 
@@ -27,8 +29,8 @@ class Routed(NamedTuple):
     operand: Tensor  # i32, the normed row as kernels.packed describes it
 
 
-def decode_router(x: Tensor, norm: Norm, weight: RouterWeight, profile: str) -> Routed:
-    """Router logits [E] of the normed row x [D], and the row's operand.
+def decode_router(x: Tensor, norm: Norm, weight: RouterWeight, profile: str, later: Sequence[Tensor] = ()) -> Routed:
+    """Router logits [E] of the normed row x [D], and the row's operand; `later` is fetched ahead.
 
     The logits are bit-equal to parity.reference.decode_router.decode_router."""
     E, D = weight.q.shape
@@ -41,18 +43,20 @@ def decode_router(x: Tensor, norm: Norm, weight: RouterWeight, profile: str) -> 
         torch.empty(operand_words(D, slices(profile)), dtype=torch.int32, device=x.device),
     )
     BE = tiles.decode_router(E)
+    ahead = spans(later)
     _decode_router_kernel[(triton.cdiv(E, BE) + 1,)](
-        x, norm.weight, norm.eps, *weight, *out,
+        x, norm.weight, norm.eps, *weight, *out, *ahead[:2],
         E=E, NB=NB, NB2=triton.next_power_of_2(NB), BITS=router_bits(D)[0], S=slices(profile), BE=BE,
-        num_warps=4, **DEPENDENT, **FAITHFUL,
+        LATER=ahead[2], LATER2=ahead[3], num_warps=4, **DEPENDENT, **FAITHFUL,
     )  # fmt: skip
     return out
 
 
 @triton.jit
 def _decode_router_kernel(
-    x_ptr, norm_ptr, eps, w_ptr, scale_ptr, logits_ptr, operand_ptr,
+    x_ptr, norm_ptr, eps, w_ptr, scale_ptr, logits_ptr, operand_ptr, later_ptr, later2_ptr,
     E: tl.constexpr, NB: tl.constexpr, NB2: tl.constexpr, BITS: tl.constexpr, S: tl.constexpr, BE: tl.constexpr,
+    LATER: tl.constexpr, LATER2: tl.constexpr,
 ):  # fmt: skip
     D: tl.constexpr = NB * 256
     first = tl.program_id(0) * BE
@@ -63,6 +67,8 @@ def _decode_router_kernel(
         for i in tl.static_range(BE):
             e = tl.minimum(first + i, E - 1)
             fetched = fetched + (tl.load(w_ptr + e.to(tl.int64) * D + j, live, 0),)  # noqa: RUF005 - Triton has no *
+        prefetch(later_ptr, LATER, tl.program_id(0), (E + BE - 1) // BE, 128)
+        prefetch(later2_ptr, LATER2, tl.program_id(0), (E + BE - 1) // BE, 128)
         finish_wait()
         release_next()
         x = load_row(x_ptr, norm_ptr, eps, NB, NB2)

@@ -9,8 +9,8 @@ Activations: an `operand`, i32 [S * 68 * NB + NB] for NB blocks and S slices. A 
      4 words a block    the sums of 32 codes, as i16
 and after the slices come the NB scales, f32.
 
-A block's integers are exact in i32: |S| <= 63 * 15 * 127 * 256 < 2^25 for Q4_K, 4 * |S| <= 4 * 128 * 32 * 127 * 256 < 2^29
-for Q6_K."""
+A block's integers are exact in i32: |S| <= 63 * 15 * 127 * 256 < 2^25 for Q4_K, and 4 * |S| <= 4 * 128 * 32 * 127 * 256
+< 2^29 for Q6_K."""
 
 from typing import NamedTuple
 
@@ -40,7 +40,7 @@ _NIBBLES = tl.constexpr(0x0F0F0F0F)
 _HIGH_PAIRS = tl.constexpr(0x30303030)
 _CODES_UP = tl.constexpr(0x3C3C3C3C)
 _TOP_PAIRS = tl.constexpr(-0x3F3F3F40)  # 0xC0C0C0C0
-_FLIPPED = 0xAA
+_FLIPPED = -0x55555556  # 0xAAAAAAAA
 
 
 class PackedMatrix(NamedTuple):
@@ -54,11 +54,18 @@ class PackedMatrix(NamedTuple):
     n: int  # output features
     k: int  # input features
     experts: int
+    storage: Tensor  # all planes, one behind the other
 
     @property
     def planes(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """What a kernel is given."""
         return self[:4]
+
+    @property
+    def plane_bytes(self) -> tuple[int, int, int, int]:
+        """Bytes of each plane that an expert has."""
+        words, high, scales, d = (0 if p is None else p.nbytes // self.experts for p in self.planes)
+        return words, high, scales, d
 
 
 def pack(weight: QuantMatrix) -> PackedMatrix:
@@ -70,21 +77,25 @@ def pack(weight: QuantMatrix) -> PackedMatrix:
     if weight.format.name == "Q4_K":
         require(weight.data.data_ptr() % 16 == 0, "Q4_K weights must start at a multiple of 16 bytes")
         words = weight.data.view(rows, -1).view(torch.int32)
-        return PackedMatrix(words, None, None, None, weight.format, n, k, experts)
+        return PackedMatrix(words, None, None, None, weight.format, n, k, experts, words)
     block = weight.data.view(rows, blocks, weight.format.block_bytes)
+    storage = torch.empty(block.numel(), dtype=torch.uint8, device=block.device)
+    low, high, places, d = storage.split([rows * blocks * size for size in (128, 64, 16, 2)])
     # Scale of the sub-block that starts at weight 128*n + 32*k + 16*v goes to (n, v, k): a lane takes four at once.
     scales = block[..., 192:208].reshape(rows, blocks, 2, 4, 2).transpose(3, 4)
     return PackedMatrix(
-        _plane(block[..., :128], rows, torch.int32),
-        _plane(block[..., 128:192] ^ _FLIPPED, rows, torch.int32),
-        _plane(scales, rows, torch.int32),
-        _plane(block[..., 208:], rows, torch.float16),
-        weight.format, n, k, experts,
+        _plane(low, block[..., :128], torch.int32),
+        _plane(high, block[..., 128:192], torch.int32).bitwise_xor_(_FLIPPED),
+        _plane(places, scales, torch.int32),
+        _plane(d, block[..., 208:], torch.float16),
+        weight.format, n, k, experts, storage,
     )  # fmt: skip
 
 
-def _plane(part: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
-    return part.reshape(rows, -1).contiguous().view(dtype)
+def _plane(place: Tensor, part: Tensor, dtype: torch.dtype) -> Tensor:
+    """`part` copied to `place`, as rows of `dtype`."""
+    place.view(part.shape).copy_(part)
+    return place.view(part.shape[0], -1).view(dtype)
 
 
 def operand_words(width: int, slices: int) -> int:
@@ -215,8 +226,8 @@ def _load(ptr, live, EVEN: tl.constexpr):
 
 @triton.jit
 def _load_head(planes, row, live, b: tl.constexpr, NB: tl.constexpr, EVEN: tl.constexpr):
-    """The first four words of Q4_K blocks, [8, N, 4]. They lie in lines that `load_block` has fetched, and would take as
-    many registers in flight as the codes."""
+    """The first four words of Q4_K blocks, [8, N, 4]. `load_block` has fetched their lines; in flight they would
+    take as many registers as the codes."""
     N: tl.constexpr = row.shape[0]
     ptr = (planes[0] + row * (NB * 36) + b * 36)[None, :, None] + tl.arange(0, 4)[None, None, :]
     return _load(tl.broadcast_to(ptr, [8, N, 4]), live[None, :, None], EVEN)

@@ -68,6 +68,16 @@ REVIEWED: tuple[Review, ...] = (
         "15-bit q times 15-bit k over at most 256 channels stays below 2^37: exact in f64",
     ),
     Review(
+        "_decode_(scores|values)_kernel",
+        r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.f16\.f16\.f32",
+        "f16 carries slices of at most 1024 and 128, and a chain of 128 stays at or below 2^24: exact in f32",
+    ),
+    Review(
+        "_decode_(scores|values)_kernel",
+        r"(add|sub)\.(rn\.)?f16(x2)?",
+        "takes 1152 from an integer in 1024..1279: exact in f16",
+    ),
+    Review(
         "_join_kernel",
         r"add\.rn\.f64",
         "adds up the integer sums of the parts, at or below 2^51 together: exact in f64",
@@ -486,19 +496,23 @@ def _decode_ops(
     norm, head_norm = Norm(f32(D), 1e-6), Norm(f32(C), 1e-6)
     k, v = (torch.empty(P, G, C, dtype=torch.int16) for _ in range(2))
     kv, rope = KVLayer(k, f32(P, G), v, f32(P, G)), RopeTable(f32(P, C // 2), f32(P, C // 2))
-    yield partial(decode_attention, f32((H + 2 * G) * C), head_norm, head_norm, rope, kv, one)
+    dense = packed("Q4_K", H * C, D)
+    router = RouterWeight(torch.empty(E, D, dtype=torch.int32), f32(E))
+    later = (dense.storage, router.q)
+    yield partial(decode_attention, f32((H + 2 * G) * C), head_norm, head_norm, rope, kv, one, later)
     yield partial(choose, f32(37 * V), one, one)  # in parts
     gate = packed("Q4_K", D, E, F)
     for profile in PROFILES:
         yield partial(matvec, [packed("Q4_K", D, (H + 2 * G) * C)], f32(D), profile, norm)
         yield partial(matvec, [packed("Q4_K", D, (H + G) * C), packed("Q6_K", D, G * C)], f32(D), profile, norm)
-        yield partial(matvec, [packed("Q4_K", H * C, D)], f32(H * C), profile, None, f32(D))
+        yield partial(matvec, [dense], f32(H * C), profile, None, f32(D))
         yield partial(matvec, [packed("Q6_K", D, 37 * V)], f32(D), profile, norm)
-        yield partial(decode_router, f32(D), norm, RouterWeight(torch.empty(E, D, dtype=torch.int32), f32(E)), profile)
+        yield partial(decode_router, f32(D), norm, router, profile, later)
         routed = Routed(f32(E), torch.empty(operand_words(D, slices(profile)), dtype=torch.int32))
-        yield partial(experts_up, routed, gate, gate, A)
         for type_name in EXECUTABLE:
-            yield partial(experts_down, routed, f32(A, F), packed(type_name, F, E, D), f32(D), profile)
+            down = packed(type_name, F, E, D)
+            yield partial(experts_up, routed, gate, gate, A, down)
+            yield partial(experts_down, routed, f32(A, F), down, f32(D), profile)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -76,23 +76,49 @@ def _qk_norm_rope_kernel(
     row = tl.program_id(0) * M + tl.arange(0, M)
     live = row < rows
     at = row.to(tl.int64) * C
-    y = normed_rotated(x_ptr + at, live, w_ptr, cos_ptr, sin_ptr, start + row // HEADS, eps, C, C2)
     c = tl.arange(0, C2)
+    turn = load_turn(w_ptr + tl.zeros([1], tl.int32), cos_ptr, sin_ptr, live, start + row // HEADS, C, C2)
+    y = normed_rotated(load_heads(x_ptr + at, live, C, C2), turn, eps, C, C2)
     tl.store(out_ptr + at[:, None] + c[None, :], y, live[:, None] & (c < C)[None, :])
 
 
 @triton.jit
-def normed_rotated(head_ptr, live, w_ptr, cos_ptr, sin_ptr, position, eps, C: tl.constexpr, C2: tl.constexpr):
-    """Heads at `head_ptr` [M], normed and rotated to `position` [M], as f32 [M, C2]."""
+def _pair(C: tl.constexpr, C2: tl.constexpr):
+    """The element that each of a head turns with."""
     half: tl.constexpr = C // 2
     c = tl.arange(0, C2)
-    pair = tl.where(c < half, c + half, c - half)  # the element each one turns with
+    return tl.where(c < half, c + half, c - half)
+
+
+@triton.jit
+def load_turn(w_ptr, cos_ptr, sin_ptr, live, position, C: tl.constexpr, C2: tl.constexpr):
+    """What heads [M] are normed and turned with: weights at `w_ptr` [1] or [M], their pairs', cos and sin."""
+    half: tl.constexpr = C // 2
+    c = tl.arange(0, C2)
+    inside = (c < C)[None, :]
+    at = position.to(tl.int64)[:, None] * half + (c % half)[None, :]
+    return (
+        tl.load(w_ptr[:, None] + c[None, :], inside, 0.0),
+        tl.load(w_ptr[:, None] + _pair(C, C2)[None, :], inside, 0.0),
+        tl.load(cos_ptr + at, live[:, None] & inside, 0.0),
+        tl.load(sin_ptr + at, live[:, None] & inside, 0.0),
+    )
+
+
+@triton.jit
+def load_heads(head_ptr, live, C: tl.constexpr, C2: tl.constexpr):
+    """Heads at `head_ptr` [M], f32 [M, C2], and beside them the elements that theirs turn with."""
+    c = tl.arange(0, C2)
     mask = live[:, None] & (c < C)[None, :]
     x = tl.load(head_ptr[:, None] + c[None, :], mask, 0.0)
+    return x, tl.load(head_ptr[:, None] + _pair(C, C2)[None, :], mask, 0.0)
+
+
+@triton.jit
+def normed_rotated(heads, turn, eps, C: tl.constexpr, C2: tl.constexpr):
+    """`load_heads`' tuple, normed and rotated with `load_turn`'s, as f32 [M, C2]."""
+    x, pair = heads
+    weight, weight_pair, cos, sin = turn
     r = inverse_rms(x, C, eps)[:, None]
-    y = (x * r) * tl.load(w_ptr + c, c < C, 0.0)[None, :]
-    z = (tl.load(head_ptr[:, None] + pair[None, :], mask, 0.0) * r) * tl.load(w_ptr + pair, c < C, 0.0)[None, :]
-    turn = position.to(tl.int64)[:, None] * half + (c % half)[None, :]
-    cos = tl.load(cos_ptr + turn, mask, 0.0)
-    sin = tl.load(sin_ptr + turn, mask, 0.0)
-    return tl.where((c < half)[None, :], y * cos - z * sin, y * cos + z * sin)
+    y, z = (x * r) * weight, (pair * r) * weight_pair
+    return tl.where((tl.arange(0, C2) < C // 2)[None, :], y * cos - z * sin, y * cos + z * sin)

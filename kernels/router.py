@@ -13,7 +13,18 @@ from torch import Tensor
 from exactmoe.kernels import tiles
 from exactmoe.kernels.errors import require
 from exactmoe.kernels.launch import FAITHFUL
-from exactmoe.kernels.numerics import INF_BITS, P_ONE, bits_of, exp, exponent, from_bits, magnitude, nan_where, pow2, round_even
+from exactmoe.kernels.numerics import (
+    INF_BITS,
+    P_ONE,
+    bits_of,
+    exp,
+    exponent,
+    from_bits,
+    magnitude,
+    nan_where,
+    pow2,
+    round_even,
+)
 from exactmoe.kernels.tensors import require_f32
 
 _MAX_WIDTH = 16384
@@ -150,7 +161,7 @@ def _route_kernel(
 
 @triton.jit
 def scores(logit, real, live, E: tl.constexpr, E2: tl.constexpr):
-    """Bits of the probability of every expert of rows of logits [BT, E2], -1 beyond the experts, and whether a row holds
+    """Bits of every expert's probability from rows of logits [BT, E2], -1 beyond the experts; and whether a row holds
     NaN or infinity [BT].
 
     `real` says which elements are logits, `live` which rows are tokens. Probabilities are not negative, so their bits
@@ -167,7 +178,7 @@ def scores(logit, real, live, E: tl.constexpr, E2: tl.constexpr):
 
 @triton.jit
 def take_best(key):
-    """Probability and expert [BT] of the largest of `scores` [BT, E2], the smaller expert of equal ones, and the others'."""
+    """Probability and expert [BT] of the largest of `scores` [BT, E2], of equal ones the smaller; and the others'."""
     E2: tl.constexpr = key.shape[1]
     e = tl.arange(0, E2)[None, :]
     top = tl.max(key, axis=1)
@@ -182,4 +193,3 @@ def weight_of(prob, bad, total, A: tl.constexpr):
     uniform = tl.div_rn(tl.full(total.shape, 1.0, tl.float32), tl.full(total.shape, A, tl.float32))
     w = tl.div_rn(prob, tl.where(none, 1.0, total))
     return nan_where(bad, tl.where(none, uniform, w))
-

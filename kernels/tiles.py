@@ -26,6 +26,14 @@ class AttentionTile(NamedTuple):
     warps: int
 
 
+class DecodeAttentionTile(NamedTuple):
+    """One program takes every `parts`-th tile of `keys` keys of a kv head."""
+
+    keys: int
+    parts: int
+    warps: int
+
+
 class MatvecTile(NamedTuple):
     """One program computes `rows` output features at a time, `ahead` blocks in flight; at most `programs` run."""
 
@@ -92,8 +100,8 @@ def elementwise(elements: int) -> int:
 
 
 def route(tokens: int, experts: int) -> int:
-    """Tokens a route program takes; it holds an experts x experts comparison for each."""
-    return max(1, min(triton.next_power_of_2(tokens), (1 << 20) // experts**2)) if interpreting() else 1
+    """Tokens a route program takes."""
+    return max(1, min(triton.next_power_of_2(tokens), (1 << 20) // experts)) if interpreting() else 1
 
 
 def digest(tokens: int, width: int) -> tuple[int, int]:
@@ -129,11 +137,13 @@ def experts_down(rows: int) -> MatvecTile:
     return MatvecTile(16, 8, 0, 4)
 
 
-def decode_attention(keys: int) -> tuple[int, int]:
-    """(keys at a time, warps) of a program of one token's attention; at most 128 keys, or sums leave i32."""
+def decode_attention(keys: int, groups: int, width: int) -> DecodeAttentionTile:
+    """Tile for one token over `keys` of `groups` kv heads of `width`; at most 128 keys, or sums leave f32."""
+    tile = max(16, min(triton.next_power_of_2(keys), 128, 16384 // width))
+    parts = triton.cdiv(keys, tile)
     if interpreting():
-        return min(triton.next_power_of_2(keys), 128), 4
-    return 128, 8
+        return DecodeAttentionTile(tile, min(parts, 3), 4)
+    return DecodeAttentionTile(tile, min(parts, max(1, 132 // groups)), 8)
 
 
 def argmax(columns: int) -> int:

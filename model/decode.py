@@ -1,4 +1,4 @@
-"""The decode step of production: one token of one sequence, six launches a layer, on a GPU one CUDA graph.
+"""The decode step of production: one token of one sequence, seven launches a layer, on a GPU one CUDA graph.
 
 Token and position live on the device: a step chooses the next token and moves on by itself."""
 
@@ -53,17 +53,20 @@ class Decoder:
         model, weights = self._model, self._model.packed
         x = embed(model.embedding, self.token)[0]  # [D]
         for i, layer in enumerate(weights.layers):
-            x = self._layer(layer, i, x)
-        self.logits.copy_(matvec([weights.output], x, model.profile, weights.output_norm))
+            after = weights.layers[i + 1].qkv if i + 1 < len(weights.layers) else ()
+            x = self._layer(layer, i, x, [w.storage for w in after])
+        self.logits = matvec([weights.output], x, model.profile, weights.output_norm)
         choose(self.logits, self.token, self._position)
 
-    def _layer(self, layer: PackedLayer, i: int, x: Tensor) -> Tensor:
+    def _layer(self, layer: PackedLayer, i: int, x: Tensor, after: list[Tensor]) -> Tensor:
+        """Layer `i`; while its kernels leave the memory idle, what comes later is fetched, `after` it too."""
         model, cache = self._model, self._cache
         qkv = matvec(layer.qkv, x, model.profile, layer.attn_norm)
-        heads = decode_attention(qkv, layer.q_norm, layer.k_norm, cache.rope, cache.layer(i), self._position)
+        later = (layer.attn_output.storage, layer.router.q)
+        heads = decode_attention(qkv, layer.q_norm, layer.k_norm, cache.rope, cache.layer(i), self._position, later)
         x = matvec([layer.attn_output], heads, model.profile, residual=x)
-        routed = decode_router(x, layer.ffn_norm, layer.router, model.profile)
-        h = experts_up(routed, layer.gate, layer.up, model.config.n_active)
+        routed = decode_router(x, layer.ffn_norm, layer.router, model.profile, after)
+        h = experts_up(routed, layer.gate, layer.up, model.config.n_active, layer.down)
         return experts_down(routed, h, layer.down, x, model.profile)
 
     def _capture(self) -> torch.cuda.CUDAGraph:

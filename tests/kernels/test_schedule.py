@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from exactmoe.kernels import tiles
-from exactmoe.kernels.tiles import AttentionTile, MatmulTile, MatvecTile
+from exactmoe.kernels.tiles import AttentionTile, DecodeAttentionTile, MatmulTile, MatvecTile
 from exactmoe.parity.cases import (
     CASES,
     Add,
@@ -42,7 +42,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
         "attention": AttentionTile(1, 16, 3, 4), "digest": (1, 32),
         "matvec": MatvecTile(8, 4, 2, 1), "decode_router": 1,
         "experts_up": MatvecTile(64, 4, 0, 1), "experts_down": MatvecTile(32, 4, 0, 1),
-        "decode_attention": (16, 4), "argmax": 64,
+        "decode_attention": DecodeAttentionTile(16, 3, 4), "argmax": 64,
     },
     "middle": {
         "rows_of_blocks": 8, "norm_rows": 2, "heads": 8, "elementwise": 512, "dispatch": 64, "router": (32, 16),
@@ -50,7 +50,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
         "attention": AttentionTile(2, 32, 2, 4), "digest": (4, 128),
         "matvec": MatvecTile(32, 4, 3, 2), "decode_router": 3,
         "experts_up": MatvecTile(128, 4, 0, 2), "experts_down": MatvecTile(64, 4, 0, 2),
-        "decode_attention": (64, 4), "argmax": 128,
+        "decode_attention": DecodeAttentionTile(64, 2, 4), "argmax": 128,
     },
     "large": {
         "rows_of_blocks": 16, "norm_rows": 4, "heads": 16, "elementwise": 2048, "dispatch": 1024, "router": (16, 64),
@@ -58,7 +58,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
         "attention": AttentionTile(4, 32, 1, 8), "digest": (16, 1024),
         "matvec": MatvecTile(128, 8, 1 << 20, 8), "decode_router": 8,
         "experts_up": MatvecTile(512, 8, 0, 8), "experts_down": MatvecTile(128, 8, 0, 8),
-        "decode_attention": (128, 8), "argmax": 1024,
+        "decode_attention": DecodeAttentionTile(128, 1, 8), "argmax": 1024,
     },
 }  # fmt: skip
 

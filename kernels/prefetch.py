@@ -1,0 +1,39 @@
+"""Weights of a later kernel on their way to the L2 cache, asked for by one that leaves the memory idle.
+
+Nothing is computed and nothing waits: bits cannot depend on it."""
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from exactmoe.kernels.errors import require
+from exactmoe.kernels.launch import interpreting
+
+_INTERPRETED = tl.constexpr(interpreting())
+_LINE = tl.constexpr(128)
+
+
+def spans(later: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None, int, int]:
+    """Up to two contiguous tensors as a kernel takes them: both, and their bytes."""
+    require(len(later) <= 2, f"at most two tensors are fetched ahead, got {len(later)}")
+    for tensor in later:
+        require(tensor.is_contiguous(), "what is fetched ahead must be contiguous")
+    first, second = (*later, None, None)[:2]
+    return first, second, 0 if first is None else first.nbytes, 0 if second is None else second.nbytes
+
+
+@triton.jit
+def prefetch(ptr, BYTES: tl.constexpr, part, PARTS: tl.constexpr, THREADS: tl.constexpr):
+    """Ask for share `part`, of PARTS, of the BYTES bytes at `ptr`; a no-op where there are none."""
+    if not _INTERPRETED and BYTES > 0:
+        lines: tl.constexpr = (BYTES + _LINE - 1) // _LINE
+        share: tl.constexpr = (lines + PARTS - 1) // PARTS
+        for i in tl.static_range(0, share, THREADS):
+            line = tl.minimum(part * share + i + tl.arange(0, THREADS), lines - 1)
+            byte_ptr = ptr.to(tl.pointer_type(tl.int8), bitcast=True) + line.to(tl.int64) * _LINE
+            tl.inline_asm_elementwise(
+                "prefetch.global.L2 [$1]; // dummy $0", "=r,l", [byte_ptr.to(tl.int64)], dtype=tl.int32,
+                is_pure=False, pack=1,
+            )  # fmt: skip
