@@ -16,7 +16,7 @@ from exactmoe.bench.cases import Bench
 from exactmoe.bench.clock import Times, copy_bandwidth, matmul_rate, time_graph
 from exactmoe.kernels.errors import MissingEnvironment, require
 from exactmoe.parity.bits import compare, digest
-from exactmoe.parity.cases import Case, kernel_output, reference_output, tensors
+from exactmoe.parity.cases import Case, kernel, kernel_output, reference_output
 from exactmoe.parity.provenance import numerics_version, versions
 
 _CACHE_BYTES = 50 * 2**20  # the L2 of an H100
@@ -83,12 +83,10 @@ def measure(bench: Bench, device: torch.device, copy_gb_s: float, matmul_tflop_s
 
 def calls_of(bench: Bench, device: torch.device) -> Iterator[Callable[[], object]]:
     """The call on as many copies of its arguments as the cache takes four times, and at least two."""
-    from importlib import import_module
-
-    op = getattr(import_module(f"exactmoe.kernels.{bench.case.module}"), bench.case.op)
+    op = kernel(bench.case)
     copies = max(2, min(_COPIES, -(-4 * _CACHE_BYTES // max(bench.weight_bytes, 1))))
     for _ in range(copies):
-        args = tensors(bench.case.arguments(), device, bench.case.packed)
+        args = bench.case.on(device)
         yield lambda args=args: op(*args)  # type: ignore[misc]
 
 

@@ -13,7 +13,9 @@ from exactmoe.kernels.decode_experts import experts_down, experts_up
 from exactmoe.kernels.decode_router import decode_router
 from exactmoe.kernels.embedding import embed
 from exactmoe.kernels.errors import require
-from exactmoe.kernels.matvec import matvec
+from exactmoe.kernels.matvec import Norm, matvec
+from exactmoe.kernels.packed import PackedMatrix
+from exactmoe.kernels.router import RouterWeight
 from exactmoe.model.packed import PackedLayer
 
 if TYPE_CHECKING:
@@ -62,9 +64,9 @@ class Decoder:
         qkv = matvec(layer.qkv, x, model.profile, layer.attn_norm)
         heads = decode_attention(qkv, layer.q_norm, layer.k_norm, cache.rope, cache.layer(i), self._position)
         x = matvec([layer.attn_output], heads, model.profile, residual=x)
-        routed = decode_router(x, layer.ffn_norm, layer.router, model.profile)
-        h = experts_up(routed, layer.gate, layer.up, model.config.n_active)
-        return experts_down(routed, h, layer.down, x, model.profile)
+        return moe_step(
+            x, layer.ffn_norm, layer.router, layer.gate, layer.up, layer.down, model.config.n_active, model.profile
+        )
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         """The step as a graph. Kernels are compiled by a run beforehand, whose every effect the first step repeats."""
@@ -78,3 +80,13 @@ class Decoder:
         with torch.cuda.graph(graph):
             self._run()
         return graph
+
+
+def moe_step(
+    x: Tensor, norm: Norm, router: RouterWeight, gate: PackedMatrix, up: PackedMatrix, down: PackedMatrix,
+    top_k: int, profile: str,
+) -> Tensor:  # fmt: skip
+    """x [D] plus the MoE layer of its norm; bit-equal to parity.reference.decode.moe_step."""
+    routed = decode_router(x, norm, router, profile)
+    h = experts_up(routed, gate, up, top_k)
+    return experts_down(routed, h, down, x, profile)
