@@ -13,24 +13,34 @@ from exactmoe.kernels.errors import InvalidInput, require
 if TYPE_CHECKING:
     from exactmoe.bench.run import Row, Run
 
-HELP = "time the kernels at the shapes of Qwen3-30B-A3B on a CUDA device, after judging their bits"
+HELP = "time kernels at the shapes of Qwen3-30B-A3B, or a whole model, on a CUDA device, after judging their bits"
 EXAMPLES = """examples:
   exactmoe bench --list
   exactmoe bench
-  exactmoe bench qkv experts-up --activations q16_k --json -
+  exactmoe bench qkv moe-layer-1 --activations q16_k --json -
   exactmoe bench --record
   exactmoe bench qkv lm-head --compare HEAD~1
+  exactmoe bench qkv --compare HEAD --trials 20
+  exactmoe bench qkv --compare HEAD --plant 3 --trials 20
+  exactmoe bench --model big.gguf --record
+  exactmoe bench --model big.gguf decode-4096 prefill-512
   exactmoe bench --model big.gguf --context 4096 --trace step.json
-  exactmoe bench --history bench/results/nvidia-h100-80gb-hbm3.jsonl
+  exactmoe bench --history bench/results/nvidia-h100-80gb-hbm3.jsonl --markdown
+  exactmoe bench --readme README.md
 
 Times are of the device, between events around replays of a graph: cold with weights rotated so that they come from
-memory, warm from the cache. The roofs are measured in the same run. A kernel whose bits are not the reference's gets no
-time.
+memory, warm from the cache. The roofs are measured in the same run. A row whose bits are not those it is judged by, the
+reference's for a kernel, gets no number.
+
+With --model the rows are decode steps after 0, 4,096 and 32,768 positions, prompts of 512 to 4,096 tokens, loading, and
+memory. Steps and prompts are judged by each other. A row that the model or the device is too small for is not run, and
+refused where it was asked for.
 
 With --compare the verdict is on pairs of times, this tree's over REF's: faster, slower, or the same within an interval.
+With --trials and REF the tree itself, every faster or slower is a false alarm.
 
-exit status: 0 every kernel is right and none slower than REF, 1 one is not right, slower or missing, 2 the arguments
-are refused, 3 no CUDA device
+exit status: 0 every row is right and none slower than REF, the README as the history says; 1 one is not; 2 the
+arguments are refused, or a row that the model is too short for; 3 no CUDA device, or too little memory
 """
 
 
@@ -53,6 +63,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--compare", metavar="REF", help="time this tree against the git revision REF, both at once, in turn"
     )
     parser.add_argument(
+        "--trials", type=options.positive, metavar="N",
+        help="with --compare: do it N times over, and say how often it said faster, slower and same",
+    )  # fmt: skip
+    parser.add_argument(
+        "--plant", type=float, metavar="PERCENT",
+        help="with --compare: slow this tree down by so much on the device, to see whether that is seen",
+    )  # fmt: skip
+    parser.add_argument(
         "--model", metavar="GGUF", help="measure this model instead: decode steps, prompts, loading and memory"
     )
     parser.add_argument("--context", type=int, metavar="N", help="with --model: only the decode step after N positions")
@@ -72,6 +90,8 @@ def run(args: argparse.Namespace) -> int:
     require(args.html is None and not args.markdown, "--html and --markdown are of a --history")
     if args.json not in (None, "-"):
         options.require_writable(args.json)
+    of_compare = args.trials is None and args.plant is None
+    require(args.compare is not None or of_compare, "--trials and --plant are of a --compare")
     if args.model is not None:
         return _whole(args)
     require(args.trace is None and args.context is None, "--trace and --context are of the decode step of a --model")
@@ -108,16 +128,25 @@ def _write_json(path: str | None, found: object) -> None:
 
 def _compare(args: argparse.Namespace, names: list[str]) -> int:
     from exactmoe.bench.compare import compare, revisions
+    from exactmoe.bench.trials import lines, tally, to_dict
     from exactmoe.kernels.launch import resolve_device
 
+    require(args.plant is None or args.plant > 0, f"--plant must be more than 0 percent, got {args.plant}")
     resolve_device("cuda")
     stream = sys.stderr if args.json == "-" else sys.stdout
+    plant = None if args.plant is None else args.plant / 100
     verdicts = []
-    with revisions(args.compare, args.activations) as (other, this):
-        for verdict in compare(names, other, this):
-            verdicts.append(verdict)
-            print(verdict, file=stream, flush=True)
-    _write_json(args.json, [verdict.to_dict() for verdict in verdicts])
+    for _ in range(args.trials or 1):
+        with revisions(args.compare, args.activations, plant) as (other, this):
+            for verdict in compare(names, other, this):
+                verdicts.append(verdict)
+                print(verdict, file=stream, flush=True)
+    found: object = [verdict.to_dict() for verdict in verdicts]
+    if args.trials is not None:
+        rates = tally(verdicts)
+        print("\n".join(lines(rates)), file=stream)
+        found = {"verdicts": found, "rates": to_dict(rates)}
+    _write_json(args.json, found)
     failed = [verdict.name for verdict in verdicts if not verdict.passed]
     print(f"{len(verdicts)} compared with {args.compare}: {len(failed)} slower, wrong or missing", file=stream)
     return 1 if failed else 0
