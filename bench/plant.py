@@ -56,17 +56,16 @@ def calibrate(share: float, measure: Callable[[int], float], guess: float) -> fl
     """Find cycles at which `measure` gives nearly `share`, and measure them last; None where no length does.
 
     What `measure` gives grows with the cycles; it need not begin at 0."""
-    low, high = max(1, round(guess / 2)), max(2, round(2 * guess))
-    first, second = measure(low), measure(high)
-    if second <= first:
-        return None
-    slope = (second - first) / (high - low)
-    cycles = low + (share - first) / slope
+    before, cycles = max(1, round(guess / 2)), max(2, round(2 * guess))
+    last, found = measure(before), measure(cycles)
     for _ in range(_TRIES):
+        if cycles == before or (found - last) / (cycles - before) <= 0:
+            return None
+        slope = (found - last) / (cycles - before)
+        before, last, cycles = cycles, found, round(cycles + (share - found) / slope)
         if cycles < 1:
             return None
-        found = measure(round(cycles))
+        found = measure(cycles)
         if abs(found - share) <= _NEAR * share:
             return found
-        cycles += (share - found) / slope
     return None

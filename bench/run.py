@@ -157,8 +157,11 @@ def _ask(*command: str) -> str:
 
 
 def _commit() -> str:
-    head = _ask("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD")
-    changed = _ask("git", "-C", str(Path(__file__).parent), "status", "--porcelain")
+    git = ("git", "-C", str(Path(__file__).parent))
+    head = _ask(*git, "rev-parse", "HEAD")
+    changed = _ask(
+        *git, "status", "--porcelain", "--", ":(top)", ":(top,exclude)bench/results"
+    )  # a record is no change
     return head if changed in ("", "unknown") else f"{head}+"
 
 

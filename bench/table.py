@@ -37,9 +37,8 @@ def markdown(device: str, runs: Sequence[Mapping[str, Any]]) -> str:
 def differences(text: str, wanted: Sequence[str]) -> list[str]:
     """A diff from the tables of speeds in `text` to those wanted; empty where they are the same."""
     found = [line for table in sorted(t.strip() for t in _TABLE.findall(text)) for line in table.splitlines()]
-    return list(
-        difflib.unified_diff(found, [line for table in wanted for line in table.splitlines()], lineterm="", n=0)
-    )[2:]
+    wanted_lines = [line for table in wanted for line in table.splitlines()]
+    return list(difflib.unified_diff(found, wanted_lines, lineterm="", n=0))[2:]  # without its two lines of file names
 
 
 def _line(run: Mapping[str, Any], row: Mapping[str, Any]) -> str:

@@ -56,6 +56,10 @@ def test_a_spin_is_found_whose_length_gives_the_share(fixed: float, slope: float
     assert found == pytest.approx(0.03, rel=0.1)
 
 
+def test_a_spin_is_found_where_the_first_line_through_two_points_misses_it() -> None:
+    assert calibrate(0.03, lambda cycles: 1e-7 * cycles**1.5, 500) == pytest.approx(0.03, rel=0.1)
+
+
 @pytest.mark.parametrize("measure", [lambda cycles: 0.05 + 1e-6 * cycles, lambda cycles: 0.01])
 def test_no_spin_is_found_where_one_takes_too_long_or_changes_nothing(measure: Callable[[int], float]) -> None:
     assert calibrate(0.03, measure, 2000) is None

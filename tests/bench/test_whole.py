@@ -135,6 +135,13 @@ def test_one_byte_that_is_not_the_files_is_seen(
     assert not judge_load(model, file)[0]
 
 
+def test_a_tensor_that_no_field_holds_is_seen(model: Model, file: GGUFFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = dict(as_in_file(model))
+    del held["blk.1.attn_output.weight"]
+    monkeypatch.setattr(wholly, "as_in_file", lambda _: held.items())
+    assert not judge_load(model, file)[0]
+
+
 def test_planes_that_do_not_fit_the_file_are_seen(model: Model, file: GGUFFile) -> None:
     model.packed.output.words.bitwise_not_()
     assert not judge_load(model, file)[0]
@@ -235,7 +242,7 @@ def test_the_command_lists_what_runs_and_refuses_what_was_asked_for_and_cannot(
     said = capsys.readouterr().out
     assert "decode-32768         not run: decode-32768 takes 32896 positions, the model's context has 64\n" in said
     assert said.endswith("\nload\nmemory-loaded\nmemory-most\n")
-    for names in (["decode-4096"], ["--context", "7"], ["no-such"], ["load", "--context", "0"], ["--compare", "HEAD"],
-                  ["--context", "-1"]):  # fmt: skip
+    refused = [["decode-4096"], ["load", "decode-4096"], ["no-such"], ["load", "--context", "0"]]
+    for names in [*refused, ["--context", "7"], ["--context", "-1"], ["--compare", "HEAD"]]:
         assert main(["bench", "--model", str(model_file), *names]) == 2, names
         assert capsys.readouterr().err.count("error") == 1
