@@ -188,7 +188,7 @@ def _whole(args: argparse.Namespace) -> int:
             chosen, file, device, args.activations, lambda row: print(_line(row), file=stream, flush=True), tell
         )
     status = _finish(args, found, stream)
-    if args.trace is not None:
+    if args.trace is not None and status == 0:
         trace = trace_step(model, args.context or 0, args.trace)
         for kernel in summary(trace):
             print(f"{kernel.name:36} {kernel.calls:6} calls {kernel.median:9.2f} us {kernel.total:11.1f}", file=stream)
