@@ -18,6 +18,7 @@ check: lint test check-status  ## format, lint, types, contracts, tests, what th
 
 check-status: $(INSTALLED)
 	$(BIN)/exactmoe contracts status --evidence $(EVIDENCE) --readme README.md
+	$(BIN)/exactmoe bench --readme README.md
 
 lint: check-format check-lint check-types check-contracts
 

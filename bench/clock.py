@@ -91,3 +91,10 @@ def matmul_rate(device: torch.device) -> float:
     a, b = (torch.randn(n, n, dtype=torch.float16, device=device) for _ in range(2))
     times = time_graph([lambda: a @ b], 5)
     return float(2 * n**3 / times.median / 1e6)
+
+
+def host_bandwidth(device: torch.device) -> float:
+    """GB/s of copying 1 GiB of the host's ordinary memory to the device: the roof of loading a file that is cached."""
+    source = torch.ones(2**30, dtype=torch.uint8)
+    target = torch.empty_like(source, device=device)
+    return source.numel() / Times.of([elapsed(lambda: target.copy_(source)) for _ in range(5)]).median / 1000

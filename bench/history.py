@@ -4,31 +4,49 @@ Runs of different days and machines are history, not a verdict: only runs interl
 slower."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from exactmoe.kernels.errors import InvalidInput
+from exactmoe.kernels.errors import InvalidInput, require
 
+_RUN = ("date", "commit", "device", "activations", "model")
+_ROW = ("name", "equal", "digest", "cold", "gb_s", "roof", "gib")
 FOLDER = Path(__file__).resolve().parent / "results"
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The runs of a file, oldest first; a benchmark of another activation profile than q8_k is one of its own.
+    """The runs of a file, oldest first; another activation profile than q8_k, or another model, is another benchmark.
 
     Raises InvalidInput for a line that is no run."""
     runs = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             found = json.loads(line)
-            found["commit"], found["date"]
+            missing = [key for key in _RUN if key not in found]
             for row in found["rows"]:
+                missing += [key for key in _ROW if key not in row]
                 if found["activations"] != "q8_k":
-                    row["name"] = f"{row['name']} {found['activations']}"
+                    row["name"] += f" {found['activations']}"
+                if found["model"]:
+                    row["name"] += f" ({found['model']})"
         except (ValueError, KeyError, TypeError) as error:
             raise InvalidInput(f"{path}:{number}: not a recorded run: {error}") from error
+        require(not missing, f"{path}:{number}: not a recorded run: without {', '.join(dict.fromkeys(missing))}")
         runs.append(found)
     return runs
+
+
+def short(commit: str) -> str:
+    """A commit to read; the + of a tree that had changes stays."""
+    return commit[:12] + "+" * commit.endswith("+")
+
+
+def measured(row: Mapping[str, Any]) -> tuple[float, float, float, str] | None:
+    """Median, p10 and p90 of a row and their unit; None where it has no number."""
+    if row["gib"] is not None:
+        return row["gib"], row["gib"], row["gib"], "GiB"
+    return None if row["cold"] is None else (*row["cold"], "us")
 
 
 def lines(runs: list[dict[str, Any]], names: list[str]) -> Iterator[str]:
@@ -41,7 +59,7 @@ def lines(runs: list[dict[str, Any]], names: list[str]) -> Iterator[str]:
         before = None
         for run in runs:
             row = next((row for row in run["rows"] if row["name"] == name), None)
-            what = f"  {run['date'][:16]}  {run['commit'][:12]:12}  {run['activations']:6}"
+            what = f"  {run['date'][:16]}  {short(run['commit']):13}  {run['activations']:6}"
             if row is None:
                 yield f"{what}  not run"
                 continue
@@ -50,5 +68,7 @@ def lines(runs: list[dict[str, Any]], names: list[str]) -> Iterator[str]:
             if not row["equal"]:
                 yield f"{what}  WRONG: not the reference's bits"
                 continue
-            said = f"{row['cold'][0]:10.2f} us  {100 * row['roof']:5.1f}% of the roof"
-            yield f"{what}  {said}{'  numbers changed' if changed else ''}"
+            found = measured(row)
+            said = f"{found[0]:10.2f} {found[3]}" if found else "no number"
+            share = "" if row["roof"] is None else f"  {100 * row['roof']:5.1f}% of the roof"
+            yield f"{what}  {said}{share}{'  numbers changed' if changed else ''}"

@@ -5,10 +5,10 @@ No speed is given for a call whose bits are not the reference's."""
 import datetime as dt
 import json
 import subprocess
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,11 +16,26 @@ from exactmoe.bench.cases import Bench
 from exactmoe.bench.clock import Times, copy_bandwidth, matmul_rate, time_graph
 from exactmoe.kernels.errors import MissingEnvironment, require
 from exactmoe.parity.bits import compare, digest
-from exactmoe.parity.cases import Case, kernel_output, reference_output, tensors
+from exactmoe.parity.cases import Case, kernel, kernel_output, reference_output
 from exactmoe.parity.provenance import numerics_version, versions
 
 _CACHE_BYTES = 50 * 2**20  # the L2 of an H100
 _COPIES = 64  # at most
+
+
+Judged = tuple[bool, str]  # whether the bits are right, and the digest of what came out
+
+
+class Roofs(NamedTuple):
+    """What this device did in this run where nothing but the memory, or nothing but the multiplier, is at work."""
+
+    copy_gb_s: float
+    matmul_tflop_s: float
+
+    @staticmethod
+    def of(device: torch.device) -> "Roofs":
+        """Measure them."""
+        return Roofs(copy_bandwidth(device), matmul_rate(device))
 
 
 @dataclass(frozen=True)
@@ -30,13 +45,27 @@ class Row:
     name: str
     case: str
     tokens: int
-    equal: bool  # to the reference, bit for bit
+    equal: bool  # to what it was judged by, bit for bit
     digest: str  # of the output
     cold: Times | None = None  # us a call, weights from memory; None where the bits are wrong
     warm: Times | None = None  # the same work again and again
     gb_s: float | None = None  # of the weights, keys and values that a call has to read
     tflop_s: float | None = None
     roof: float | None = None  # share of the nearer roof that was measured in the same run
+    gib: float | None = None  # of the rows that measure memory, not time
+
+    @staticmethod
+    def of(
+        name: str, case: str, tokens: int, judged: Judged, cold: Times | None, roofs: Roofs, size: float,
+        flops: int = 0, warm: Times | None = None,
+    ) -> "Row":  # fmt: skip
+        """A row of a call that reads `size` bytes and takes `cold`; without rates where there is no time."""
+        row = Row(name, case, tokens, *judged)
+        if cold is None:
+            return row
+        gb_s, tflop_s = size / cold.median / 1000, flops / cold.median / 1e6
+        roof = max(gb_s / roofs.copy_gb_s, tflop_s / roofs.matmul_tflop_s)
+        return replace(row, cold=cold, warm=warm, gb_s=gb_s, tflop_s=tflop_s or None, roof=roof)
 
 
 @dataclass(frozen=True)
@@ -50,6 +79,7 @@ class Run:
     versions: dict[str, str]
     numerics: str
     activations: str
+    model: str  # name and bytes; empty for kernels
     copy_gb_s: float
     matmul_tflop_s: float
     rows: tuple[Row, ...]
@@ -59,36 +89,29 @@ class Run:
         return asdict(self)
 
 
-def judge(case: Case, device: torch.device) -> tuple[bool, str]:
+def judge(case: Case, device: torch.device) -> Judged:
     """Whether the kernel gives the reference's bits for a case, and the digest of what it gave."""
     found, expected = kernel_output(case, device), reference_output(case)
     same = found.keys() == expected.keys() and all(compare(n, found[n], expected[n]).equal for n in expected)
     return same, digest(list(found.items()))
 
 
-def measure(bench: Bench, device: torch.device, copy_gb_s: float, matmul_tflop_s: float) -> Row:
+def measure(bench: Bench, device: torch.device, roofs: Roofs) -> Row:
     """Judge a benchmark, and time it where it is right."""
-    equal, found = judge(bench.case, device)
-    row = Row(bench.name, str(bench.case), bench.tokens, equal, found)
-    if not equal:
-        return row
-    calls = list(calls_of(bench, device))
-    cold, warm = time_graph(calls), time_graph(calls[:1])
-    gb_s, tflop_s = bench.weight_bytes / cold.median / 1000, bench.flops / cold.median / 1e6
-    roof = max(gb_s / copy_gb_s, tflop_s / matmul_tflop_s)
-    return Row(
-        bench.name, str(bench.case), bench.tokens, equal, found, cold, warm, gb_s, tflop_s or None, roof
-    )  # fmt: skip
+    judged = judge(bench.case, device)
+    cold, warm = None, None
+    if judged[0]:
+        calls = list(calls_of(bench, device))
+        cold, warm = time_graph(calls), time_graph(calls[:1])
+    return Row.of(bench.name, str(bench.case), bench.tokens, judged, cold, roofs, bench.weight_bytes, bench.flops, warm)
 
 
 def calls_of(bench: Bench, device: torch.device) -> Iterator[Callable[[], object]]:
     """The call on as many copies of its arguments as the cache takes four times, and at least two."""
-    from importlib import import_module
-
-    op = getattr(import_module(f"exactmoe.kernels.{bench.case.module}"), bench.case.op)
+    op = kernel(bench.case)
     copies = max(2, min(_COPIES, -(-4 * _CACHE_BYTES // max(bench.weight_bytes, 1))))
     for _ in range(copies):
-        args = tensors(bench.case.arguments(), device, bench.case.packed)
+        args = bench.case.on(device)
         yield lambda args=args: op(*args)  # type: ignore[misc]
 
 
@@ -98,16 +121,21 @@ def run(
     """Run benchmarks on a CUDA device. Raises MissingEnvironment on another: the interpreter has no speed."""
     if device.type != "cuda":
         raise MissingEnvironment("a benchmark needs a CUDA device: what the interpreter takes says nothing")
-    copy_gb_s, matmul_tflop_s = copy_bandwidth(device), matmul_rate(device)
+    roofs = Roofs.of(device)
     rows = []
     for bench in chosen:
-        rows.append(measure(bench, device, copy_gb_s, matmul_tflop_s))
+        rows.append(measure(bench, device, roofs))
         if progress:
             progress(rows[-1])
+    return describe(device, profile, roofs, rows)
+
+
+def describe(device: torch.device, profile: str, roofs: Roofs, rows: Sequence[Row], model: str = "") -> Run:
+    """Rows with the circumstances of now."""
     require(bool(rows), "no benchmark was chosen")
     return Run(
         dt.datetime.now(dt.UTC).isoformat(timespec="seconds"), _commit(), torch.cuda.get_device_name(device), _clocks(),
-        versions(), numerics_version(), profile, copy_gb_s, matmul_tflop_s, tuple(rows),
+        versions(), numerics_version(), profile, model, *roofs, tuple(rows),
     )  # fmt: skip
 
 
@@ -129,8 +157,11 @@ def _ask(*command: str) -> str:
 
 
 def _commit() -> str:
-    head = _ask("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD")
-    changed = _ask("git", "-C", str(Path(__file__).parent), "status", "--porcelain")
+    git = ("git", "-C", str(Path(__file__).parent))
+    head = _ask(*git, "rev-parse", "HEAD")
+    changed = _ask(
+        *git, "status", "--porcelain", "--", ":(top)", ":(top,exclude)bench/results"
+    )  # a record is no change
     return head if changed in ("", "unknown") else f"{head}+"
 
 

@@ -1,25 +1,42 @@
-"""The whole decode step of a model: its speed at a context, and where its time goes.
+"""The decode step of a model after a context: its tokens, its speed, and where its time goes.
 
-time_step(model, context)           microseconds a token, a run of TOKENS tokens after another
+prepare(model, context)             a sequence whose cache holds `context` positions of made-up keys and values
+follow(sequence)                    the tokens it goes on with, and the logits behind each
+time_steps(sequence)                microseconds a token, of runs of its steps one after another
 trace_step(model, context, path)    a profile of a few steps in the Chrome format, which Perfetto opens
 summary(trace)                      that profile by kernel"""
 
 import json
 import statistics
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 from exactmoe.bench.clock import elapsed
 from exactmoe.kernels.errors import MissingEnvironment, require
 
 if TYPE_CHECKING:
+    from exactmoe.model.cache import KVCache
     from exactmoe.model.decode import Decoder
     from exactmoe.model.weights import Model
 
 TOKENS = 128  # of a run, greedy
 RUNS = 5
+FIRST = 1  # the token that follows the context
 _TRACED = 4  # steps of a profile
+
+
+class Sequence(NamedTuple):
+    """A sequence that is `steps` tokens short of its end."""
+
+    decoder: "Decoder"
+    cache: "KVCache"
+    context: int
+    steps: int
 
 
 class Kernel(NamedTuple):
@@ -31,32 +48,89 @@ class Kernel(NamedTuple):
     median: float  # us, of one call; kernels that overlap count in full
 
 
-def time_step(model: "Model", context: int, runs: int = RUNS) -> list[float]:
-    """Microseconds a token of `runs` runs of TOKENS tokens, each after `context` positions of whatever the cache holds.
+def prepare(model: "Model", context: int, steps: int = TOKENS) -> Sequence:
+    """A sequence after `context` positions, with room for `steps` more, which hold poison."""
+    from exactmoe.model.forward import decoder_of
 
-    Raises MissingEnvironment without a CUDA device."""
-    decoder, cache = _ready(model, context + TOKENS)
+    cache = poisoned(model, context + steps)
+    n = context * cache.k[0, 0].numel()
+    index = torch.arange(n, device=model.device)
+    for i in range(model.config.n_layers if context else 0):
+        mixed = (index + 2 * i * n) * 2654435761 >> 7  # integers alone, so that every machine makes the same
+        cache.k[i, :context] = (mixed % 32513 - 16256).view_as(cache.k[i, :context])
+        mixed = (index + (2 * i + 1) * n) * 2654435761 >> 7
+        cache.v[i, :context] = (mixed % 16385 - 8192).view_as(cache.v[i, :context])
+    at = torch.arange(context, device=model.device)[None, :, None]
+    cache.k_scale[:, :context] = (8 + at % 8) / (8 * 16256)
+    cache.v_scale[:, :context] = torch.exp2(-13.0 - at % 3)
+    cache.length = context
+    return Sequence(decoder_of(model, cache), cache, context, steps)
+
+
+def poisoned(model: "Model", positions: int) -> "KVCache":
+    """An empty cache, in which reading what was not written shows."""
+    from exactmoe.model.cache import KVCache
+
+    cache = KVCache.allocate(model, positions)
+    poison(cache, 0)
+    return cache
+
+
+def poison(cache: "KVCache", length: int) -> None:
+    """Cut a cache to `length` positions; reading one behind them shows."""
+    for part in (cache.k, cache.v):
+        part[:, length:] = -1
+    for part in (cache.k_scale, cache.v_scale):
+        part[:, length:] = float("nan")
+    cache.length = length
+
+
+def follow(sequence: Sequence) -> tuple[Tensor, Tensor]:
+    """Tokens [steps + 1] i32, FIRST and those chosen, on the device, and logits [steps, V] on the host."""
+    decoder = _rewound(sequence)
+    tokens, logits = [decoder.token.clone()], []
+    for _ in range(sequence.steps):
+        decoder.step()
+        tokens.append(decoder.token.clone())
+        logits.append(decoder.logits.cpu().clone())
+    return torch.cat(tokens), torch.stack(logits)
+
+
+def time_steps(sequence: Sequence, runs: int = RUNS) -> list[float]:
+    """Microseconds a token of `runs` runs. Raises MissingEnvironment without a CUDA device."""
+    require_cuda(sequence.cache.k.device)
     samples = []
     for i in range(runs + 1):
-        cache.length = context
-        took = elapsed(lambda: _steps(decoder))
-        if i:  # the first run captures the graph
-            samples.append(took / TOKENS)
+        decoder = _rewound(sequence)
+        took = elapsed(partial(_run, decoder, sequence.steps))
+        if i:  # the first run may capture the graph
+            samples.append(took / sequence.steps)
     return samples
 
 
-def _steps(decoder: "Decoder") -> None:
-    for _ in range(TOKENS):
+def _run(decoder: "Decoder", steps: int) -> None:
+    for _ in range(steps):
         decoder.step()
 
 
+def _rewound(sequence: Sequence) -> "Decoder":
+    sequence.cache.length = sequence.context
+    sequence.decoder.token.fill_(FIRST)
+    return sequence.decoder
+
+
+def require_cuda(device: torch.device) -> None:
+    """Raise MissingEnvironment on any other device."""
+    if device.type != "cuda":
+        raise MissingEnvironment("a model is timed on a CUDA device: what the interpreter takes says nothing")
+
+
 def trace_step(model: "Model", context: int, path: Path) -> dict[str, Any]:
-    """Profile some steps after `context` positions into `path`; returns the trace. Raises as `time_step`."""
-    import torch
+    """Profile some steps after `context` positions into `path`; returns the trace. Raises as `time_steps`."""
     from torch.profiler import ProfilerActivity, profile
 
-    decoder, cache = _ready(model, context + _TRACED + 1)
-    cache.length = context
+    require_cuda(model.device)
+    decoder = prepare(model, context, _TRACED + 1).decoder
     decoder.step()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
@@ -66,18 +140,6 @@ def trace_step(model: "Model", context: int, path: Path) -> dict[str, Any]:
     profiler.export_chrome_trace(str(path))
     trace: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return trace
-
-
-def _ready(model: "Model", positions: int) -> "tuple[Decoder, Any]":
-    from exactmoe.model.cache import KVCache
-    from exactmoe.model.forward import decoder_of
-
-    if model.device.type != "cuda":
-        raise MissingEnvironment("a decode step is timed on a CUDA device: what the interpreter takes says nothing")
-    cache = KVCache.allocate(model, positions)
-    for part in (cache.k, cache.k_scale, cache.v, cache.v_scale):
-        part.zero_()  # a context nobody computed still has numbers
-    return decoder_of(model, cache), cache
 
 
 def summary(trace: Mapping[str, Any]) -> list[Kernel]:

@@ -1,9 +1,10 @@
 """One revision's side of a comparison: times a benchmark whenever it is asked.
 
-    python -m exactmoe.bench.worker PROFILE
+    python -m exactmoe.bench.worker PROFILE [SHARE]
 
 It reads names, a line each, and answers each with a line of JSON: {"name", "us", "equal", "digest"}, or {"name",
-"error"} for a benchmark it does not have. What a benchmark needs is made when it is first asked for, and judged."""
+"error"} for a benchmark it does not have. What a benchmark needs is made when it is first asked for, and judged. With a
+SHARE everything is slowed down by it, and the share that was measured is in the answer as "planted"."""
 
 import json
 import sys
@@ -20,17 +21,19 @@ def serve(names: Iterable[str], answer: Callable[[str], dict[str, Any]], out: Te
             out.flush()
 
 
-def timer(profile: str) -> Callable[[str], dict[str, Any]]:
+def timer(profile: str, share: float | None = None) -> Callable[[str], dict[str, Any]]:
     """Answers for the benchmarks of this revision on this machine's CUDA device."""
     from exactmoe.kernels.launch import resolve_device
 
     device = resolve_device("cuda")
     from exactmoe.bench.cases import benches
     from exactmoe.bench.clock import CALLS_AT_LEAST, capture, elapsed
+    from exactmoe.bench.plant import planted
     from exactmoe.bench.run import calls_of, judge
+    from exactmoe.kernels.errors import InvalidInput
 
     table = benches(profile)
-    ready: dict[str, tuple[bool, str, Any, int]] = {}
+    ready: dict[str, tuple[dict[str, Any], Any, int]] = {}
 
     def answer(name: str) -> dict[str, Any]:
         if name not in table:
@@ -40,12 +43,20 @@ def timer(profile: str) -> Callable[[str], dict[str, Any]]:
             calls = list(calls_of(table[name], device))
             work = calls * max(1, -(-CALLS_AT_LEAST // len(calls)))
             ready.clear()  # one at a time, or two revisions' weights fill the device
-            ready[name] = equal, digest, capture(work), len(work)
-        equal, digest, graph, count = ready[name]
-        return {"us": elapsed(graph.replay) / count if equal else None, "equal": equal, "digest": digest}
+            said: dict[str, Any] = {"equal": equal, "digest": digest}
+            if share is None:
+                graph = capture(work)
+            else:
+                try:
+                    graph, said["planted"] = planted(work, share)
+                except InvalidInput as error:
+                    return {"error": str(error)}
+            ready[name] = said, graph, len(work)
+        said, graph, count = ready[name]
+        return {"us": elapsed(graph.replay) / count if said["equal"] else None, **said}
 
     return answer
 
 
 if __name__ == "__main__":
-    serve(sys.stdin, timer(sys.argv[1]), sys.stdout)
+    serve(sys.stdin, timer(sys.argv[1], *map(float, sys.argv[2:])), sys.stdout)

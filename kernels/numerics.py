@@ -19,9 +19,10 @@ def _f32(bits: int) -> tl.constexpr:
     return tl.constexpr(struct.unpack("<f", struct.pack("<I", bits))[0])
 
 
-_ROUND = tl.constexpr(
-    12582912.0
-)  # 1.5 * 2^23: adding and subtracting it rounds |a| <= 2^22 to an integer, ties to even
+_ROUND_BITS = tl.constexpr(0x4B400000)
+_ROUND = _f32(
+    0x4B400000
+)  # 1.5 * 2^23: added to |a| <= 2^22 it leaves the nearest integer, ties to even, in the low bits
 _LOG2E = _f32(0x3FB8AA3B)
 _LN2_HI = _f32(0x3F318000)
 _LN2_LO = _f32(0xB95E8083)
@@ -71,7 +72,7 @@ def nan_where(bad, x):
 @triton.jit
 def round_even(x):
     """Nearest integer to |x| <= 2^22, ties to even, as i32."""
-    return ((x + _ROUND) - _ROUND).to(tl.int32)
+    return bits_of(x + _ROUND) - _ROUND_BITS
 
 
 @triton.jit

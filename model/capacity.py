@@ -33,10 +33,13 @@ class Capacity(NamedTuple):
         return f"{self.total / _GIB:.2f} GiB ({parts})"
 
 
+def kv_bytes(config: Config) -> int:
+    """Bytes of one position's keys and values in all layers: i16, with a scale for each head."""
+    return config.n_layers * 2 * config.n_kv_heads * (2 * config.head_dim + 4)
+
+
 def needed(file: GGUFFile, config: Config, positions: int = 0) -> Capacity:
     """What `file` and a cache of `positions` take. `file` must have passed `check_model`."""
-    c = config
-    row = 2 * c.n_kv_heads * (2 * c.head_dim + 4)  # keys and values in i16, a scale each
     return Capacity(
         file=sum(info.nbytes for info in file.tensors.values()),
         planes=sum(
@@ -44,8 +47,8 @@ def needed(file: GGUFFile, config: Config, positions: int = 0) -> Capacity:
             for info in file.tensors.values()
             if info.type_name == "Q6_K" and info.name != "token_embd.weight"
         ),
-        routers=4 * c.n_layers * c.n_experts,
-        cache=positions * (c.n_layers * row + 4 * c.head_dim),
+        routers=4 * config.n_layers * config.n_experts,
+        cache=positions * (kv_bytes(config) + 4 * config.head_dim),
         workspace=WORKSPACE,
     )
 

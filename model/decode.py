@@ -2,6 +2,7 @@
 
 Token and position live on the device: a step chooses the next token and moves on by itself."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +14,9 @@ from exactmoe.kernels.decode_experts import experts_down, experts_up
 from exactmoe.kernels.decode_router import decode_router
 from exactmoe.kernels.embedding import embed
 from exactmoe.kernels.errors import require
-from exactmoe.kernels.matvec import matvec
+from exactmoe.kernels.matvec import Norm, matvec
+from exactmoe.kernels.packed import PackedMatrix
+from exactmoe.kernels.router import RouterWeight
 from exactmoe.model.packed import PackedLayer
 
 if TYPE_CHECKING:
@@ -65,9 +68,17 @@ class Decoder:
         later = (layer.attn_output.storage, layer.router.q)
         heads = decode_attention(qkv, layer.q_norm, layer.k_norm, cache.rope, cache.layer(i), self._position, later)
         x = matvec([layer.attn_output], heads, model.profile, residual=x)
-        routed = decode_router(x, layer.ffn_norm, layer.router, model.profile, after)
-        h = experts_up(routed, layer.gate, layer.up, model.config.n_active, layer.down)
-        return experts_down(routed, h, layer.down, x, model.profile)
+        return moe_step(
+            x,
+            layer.ffn_norm,
+            layer.router,
+            layer.gate,
+            layer.up,
+            layer.down,
+            model.config.n_active,
+            model.profile,
+            after,
+        )
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         """The step as a graph. Kernels are compiled by a run beforehand, whose every effect the first step repeats."""
@@ -81,3 +92,13 @@ class Decoder:
         with torch.cuda.graph(graph):
             self._run()
         return graph
+
+
+def moe_step(
+    x: Tensor, norm: Norm, router: RouterWeight, gate: PackedMatrix, up: PackedMatrix, down: PackedMatrix,
+    top_k: int, profile: str, after: Sequence[Tensor] = (),
+) -> Tensor:  # fmt: skip
+    """x [D] plus the MoE layer of its norm; bit-equal to parity.reference.decode.moe_step. `after` is fetched ahead."""
+    routed = decode_router(x, norm, router, profile, after)
+    h = experts_up(routed, gate, up, top_k, down)
+    return experts_down(routed, h, down, x, profile)

@@ -55,7 +55,7 @@ def inspect_model(path: str | os.PathLike[str]) -> Inspection:
         refusal = str(error)
     active, per_token = None, None
     if config is not None and refusal is None:
-        active, per_token = _active_parameters(file, config), bytes_per_token(file, config)
+        active, per_token = active_parameters(file, config), bytes_per_token(file, config)
     architecture = file.metadata.get("general.architecture")
     return Inspection(
         path=file.path,
@@ -86,7 +86,8 @@ def bytes_per_token(file: GGUFFile, config: Config) -> int:
     return total
 
 
-def _active_parameters(file: GGUFFile, config: Config) -> int:
+def active_parameters(file: GGUFFile, config: Config) -> int:
+    """Parameters that a token is routed through: all but the experts not chosen. `file` as for `bytes_per_token`."""
     parameters = 0
     for info in file.tensors.values():
         count = _parameters(info)

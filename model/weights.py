@@ -79,7 +79,7 @@ def load_model(
         done += file.tensors[name].nbytes
         if progress is not None:
             progress(done, total)
-        return _on_host(file, name)
+        return from_file(file, name)
 
     def floats(name: str) -> Tensor:
         return on_host(name).to(device)
@@ -150,7 +150,8 @@ def load_model(
     )
 
 
-def _on_host(file: GGUFFile, name: str) -> Tensor:
+def from_file(file: GGUFFile, name: str) -> Tensor:
+    """A tensor of `file` as its memory map has it."""
     require(name in file.tensors, f"{file.path}: tensor {name} is missing")
     with warnings.catch_warnings():
         # The map is read-only and torch has no read-only tensors; nothing here writes to weights.

@@ -6,7 +6,7 @@ awkward sizes (empty, one, off every tile), and each kind of data exists because
 
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from importlib import import_module
 from itertools import product
@@ -43,12 +43,17 @@ class Case(ABC):
 
     op: ClassVar[str]  # the op's function name, the same in kernels/ and parity/reference/
     module: ClassVar[str]  # the file it lives in
+    package: ClassVar[str] = "kernels"  # the folder; model for a chain of kernels as production calls it
     writes: ClassVar[int | None] = None  # the argument that the op writes to
     packed: ClassVar[bool] = False  # whether its kernel takes weights packed
 
     @abstractmethod
     def arguments(self) -> tuple[Any, ...]:
-        """Positional arguments of the op."""
+        """Positional arguments of the op, as the reference takes them."""
+
+    def on(self, device: "torch.device", arguments: tuple[Any, ...] | None = None) -> tuple[Any, ...]:
+        """The arguments, or `arguments` in their place, as the kernel takes them."""
+        return tensors(self.arguments() if arguments is None else arguments, device, self.packed)
 
     @property
     def gpu(self) -> bool:
@@ -1018,11 +1023,16 @@ def kernel_output(
     case: Case, device: "torch.device", arguments: tuple[Any, ...] | None = None, **options: Any
 ) -> dict[str, NDArray[Any]]:
     """What the kernel makes of a case (or of `arguments` in its place) on `device`; `options` go to the op."""
-    args = tensors(case.arguments() if arguments is None else arguments, device, case.packed)
-    run = getattr(import_module(f"exactmoe.kernels.{case.module}"), case.op)
+    args = case.on(device, arguments)
     with np.errstate(all="ignore"):  # the interpreter computes in numpy
-        result = run(*args, **options)
+        result = kernel(case)(*args, **options)
     return _outputs(case, result, args)
+
+
+def kernel(case: Case) -> Callable[..., Any]:
+    """The op of a case as production calls it."""
+    run: Callable[..., Any] = getattr(import_module(f"exactmoe.{case.package}.{case.module}"), case.op)
+    return run
 
 
 def _outputs(case: Case, result: Any, args: tuple[Any, ...]) -> dict[str, NDArray[Any]]:

@@ -18,6 +18,13 @@ from exactmoe.parity.cases import CASES, Matvec
 SMALL = Bench("small", Matvec(16, 256, "Q4_K", "q8_k"), 1, 16 * 144, 2 * 16 * 256)
 
 
+def _run(commit: str, us: float, digest: str, equal: bool = True, model: str = "") -> str:
+    cold = [us, us, us] if equal else None
+    row = {"name": "qkv", "equal": equal, "digest": digest, "cold": cold, "gb_s": 1.0, "gib": None, "roof": 0.5}
+    run = {"date": "2026-01-01T00:00", "commit": commit, "device": "GPU", "activations": "q8_k", "model": model}
+    return json.dumps({**run, "rows": [row]})
+
+
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock without a GPU: every call takes 2 us, and is called."""
@@ -36,13 +43,16 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_benchmark_is_a_case_of_an_op_that_is_judged_elsewhere_too(profile: str) -> None:
     table = benches(profile)
     assert len(table) > 30
-    assert {bench.case.op for bench in table.values()} <= CASES.keys()
+    layers = {bench.case.op for bench in table.values()} - CASES.keys()
+    assert layers == {"moe_step", "moe_ffn"}  # judged in test_layers
     assert all(bench.weight_bytes > 0 for bench in table.values())
-    assert {f"{kind}-{tokens}" for kind in ("matmul", "grouped-up", "attend") for tokens in (8, 4096)} <= table.keys()
+    assert {
+        f"{kind}-{tokens}" for kind in ("matmul", "grouped-up", "attend", "moe-layer") for tokens in (8, 4096)
+    } <= table.keys()
 
 
 def test_a_row_has_what_the_times_and_sizes_make_of_it(clock: None, device: torch.device) -> None:
-    row = running.measure(SMALL, device, 2.304, 1.0)
+    row = running.measure(SMALL, device, running.Roofs(2.304, 1.0))
     assert row.equal
     assert (row.cold, row.gb_s, row.roof) == (Times(2.0, 1.5, 2.5), pytest.approx(1.152), pytest.approx(0.5))
     assert row.tflop_s == pytest.approx(2 * 16 * 256 / 2e6 / 1)
@@ -58,7 +68,7 @@ def test_a_call_whose_bits_are_wrong_gets_no_time(
         return found
 
     monkeypatch.setattr(running, "kernel_output", broken)
-    row = running.measure(SMALL, device, 1.0, 1.0)
+    row = running.measure(SMALL, device, running.Roofs(1.0, 1.0))
     assert not row.equal
     assert (row.cold, row.warm, row.gb_s, row.roof) == (None, None, None, None)
 
@@ -76,11 +86,6 @@ def test_there_is_no_speed_without_a_gpu() -> None:
 def test_quantiles_of_samples() -> None:
     assert Times.of([float(i) for i in range(11)]) == Times(5.0, 1.0, 9.0)
     assert Times.of([3.0]) == Times(3.0, 3.0, 3.0)
-
-
-def _run(commit: str, us: float, digest: str, equal: bool = True) -> str:
-    row = {"name": "qkv", "equal": equal, "digest": digest, "cold": [us, us, us] if equal else None, "roof": 0.5}
-    return json.dumps({"date": "2026-01-01T00:00", "commit": commit, "activations": "q8_k", "rows": [row]})
 
 
 def test_the_history_says_when_numbers_changed_and_never_calls_that_faster(tmp_path: Path) -> None:
@@ -101,7 +106,18 @@ def test_another_activation_profile_is_another_benchmark(tmp_path: Path) -> None
     assert not any("numbers changed" in line for line in shown)
 
 
-@pytest.mark.parametrize("line", ["{}", "nothing", "[1]"])
+def test_another_model_is_another_benchmark_and_memory_is_in_gib(tmp_path: Path) -> None:
+    file = tmp_path / "gpu.jsonl"
+    size = (
+        _run("c", 1, "", model="big").replace('"gib": null', '"gib": 21.2').replace('"cold": [1, 1, 1]', '"cold": null')
+    )
+    file.write_text("\n".join([_run("a", 9, "x", model="big"), _run("b", 5, "y", model="small"), size]))
+    shown = list(lines(read(file), ["qkv"]))
+    assert [line for line in shown if not line.startswith(" ")] == ["qkv (big)", "qkv (small)"]
+    assert "21.20 GiB" in shown[3]
+
+
+@pytest.mark.parametrize("line", ["{}", "nothing", "[1]", _run("a", 9, "x").replace("roof", "rooves")])
 def test_a_history_with_a_line_that_is_no_run_is_refused(tmp_path: Path, line: str) -> None:
     file = tmp_path / "gpu.jsonl"
     file.write_text(_run("a", 9, "x") + "\n" + line)
@@ -110,7 +126,7 @@ def test_a_history_with_a_line_that_is_no_run_is_refused(tmp_path: Path, line: s
 
 
 def test_a_run_is_added_to_the_file_of_its_device(tmp_path: Path, clock: None) -> None:
-    found = running.Run("d", "c", "NVIDIA H100", "1/2", {}, "n", "q8_k", 1.0, 1.0, ())
+    found = running.Run("d", "c", "NVIDIA H100", "1/2", {}, "n", "q8_k", "", 1.0, 1.0, ())
     assert running.append(found, tmp_path) == running.append(found, tmp_path) == tmp_path / "nvidia-h100.jsonl"
     assert len((tmp_path / "nvidia-h100.jsonl").read_text().splitlines()) == 2
 

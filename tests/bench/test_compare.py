@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,48 +12,101 @@ import numpy as np
 import pytest
 
 from exactmoe.bench import compare as comparing
-from exactmoe.bench.compare import PAIRS, compare, judge, revisions, worker
+from exactmoe.bench.compare import PAIRS, SAME, STRETCHES, compare, judge, revisions, worker
 from exactmoe.bench.worker import serve
 from exactmoe.kernels.errors import InvalidInput, MissingEnvironment
 
 
-def machine(factor: float, rng: np.random.Generator, drift: list[float], digest: str = "x") -> Callable[..., Any]:
-    """A side that takes 10 us times `factor`, with 1% of noise of its own and a drift that both sides share."""
+@dataclass(frozen=True)
+class Noise:
+    """What a machine does to the logarithm of a time."""
 
-    def ask(_: str) -> dict[str, Any]:
-        drift[0] *= 1 + 0.002 * rng.standard_normal()
-        return {"us": 10 * factor * drift[0] * (1 + 0.01 * rng.standard_normal()), "equal": True, "digest": digest}
+    own: float = 0.01  # of a side, neighbours correlated by `alike`
+    alike: float = 0.0
+    drift: float = 0.002  # a step of a walk that both sides are on
+    first: float = 0.0  # by how much whoever is asked first is slower
+    rare: float = 0.0  # how often a time is far too long
 
-    return ask
+
+MACHINES = {
+    "quiet": Noise(),
+    "loud": Noise(own=0.03),
+    "alike": Noise(own=0.02, alike=0.8),
+    "first": Noise(first=0.03),
+    "rare": Noise(alike=0.3, rare=0.15),
+    "drifting": Noise(own=0.005, drift=0.01),
+}
 
 
-def verdict(factor: float, rng: np.random.Generator) -> str:
-    drift = [1.0]
-    (found,) = compare(["x"], machine(1.0, rng, drift), machine(factor, rng, drift))
-    return found.verdict
+def pairs(noise: Noise, factor: float, rng: np.random.Generator, count: int = PAIRS) -> tuple[Any, Any]:
+    """Times of both sides, asked in turn as `compare` asks; this side takes `factor` as long."""
+    walk = np.cumsum(noise.drift * rng.standard_normal(2 * count)).reshape(count, 2)
+    shocks = noise.own * rng.standard_normal((count, 2))
+    own = shocks.copy()
+    for i in range(1, count):
+        own[i] = noise.alike * own[i - 1] + np.sqrt(1 - noise.alike**2) * shocks[i]
+    late = (np.arange(count)[:, None] + np.arange(2)) % 2  # 0 for the side that is asked first
+    logs = own + np.take_along_axis(walk, late, 1) + noise.first * (late == 0)
+    logs += rng.exponential(0.2, (count, 2)) * (rng.random((count, 2)) < noise.rare)
+    return 10 * np.exp(logs[:, 0]), 10 * factor * np.exp(logs[:, 1])
+
+
+def verdicts(noise: Noise, factor: float, rng: np.random.Generator, trials: int = 200) -> Counter[str]:
+    return Counter(judge("x", *pairs(noise, factor, rng), False).verdict for _ in range(trials))
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_two_equal_sides_are_called_the_same_at_least_97_times_in_100(machine: str, rng: np.random.Generator) -> None:
+    assert verdicts(MACHINES[machine], 1.0, rng)["same"] >= 0.97 * 200
 
 
 @pytest.mark.parametrize(("factor", "want"), [(1.03, "slower"), (0.97, "faster")])
-def test_a_difference_of_three_in_a_hundred_is_seen_every_time(
-    factor: float, want: str, rng: np.random.Generator
+@pytest.mark.parametrize("machine", MACHINES)
+def test_a_difference_of_three_in_a_hundred_is_seen_at_least_95_times_in_100(
+    machine: str, factor: float, want: str, rng: np.random.Generator
 ) -> None:
-    assert [verdict(factor, rng) for _ in range(20)] == [want] * 20
+    assert verdicts(MACHINES[machine], factor, rng)[want] >= 0.95 * 200
 
 
-def test_two_equal_sides_are_called_the_same(rng: np.random.Generator) -> None:
-    assert [verdict(1.0, rng) for _ in range(40)].count("same") == 40
+def test_the_interval_that_takes_neighbours_for_independent_cries_wolf(rng: np.random.Generator) -> None:
+    """What the stretches are for: a bootstrap of 40 single pairs, on the machine whose neighbours are alike."""
+    cries = 0
+    for _ in range(200):
+        before, after = pairs(MACHINES["alike"], 1.0, rng, 40)
+        ratios = after / before
+        medians = np.median(ratios[rng.integers(0, 40, (400, 40))], axis=1)
+        low, high = np.quantile(medians, [0.005, 0.995])
+        cries += not low <= 1 <= high and abs(np.median(ratios) - 1) > SAME
+    assert cries > 0.15 * 200
 
 
-def test_a_median_within_the_margin_is_the_same_however_sure() -> None:
+def machine(factor: float, digest: str = "x", **more: Any) -> Callable[[str], dict[str, Any]]:
+    """A side that takes 10 us times `factor`, and a little noise."""
+    rng = np.random.default_rng(round(1000 * factor))
+    return lambda _: {"us": factor * rng.uniform(9.99, 10.01), "equal": True, "digest": digest, **more}
+
+
+def test_a_ratio_within_the_margin_is_the_same_however_sure() -> None:
     found = judge("x", [10.0] * PAIRS, [10.05] * PAIRS, False)
     assert (found.verdict, found.ratio) == ("same", pytest.approx(1.005))
 
 
 def test_numbers_that_changed_are_said() -> None:
-    rng = np.random.default_rng(0)
-    (found,) = compare(["x"], machine(1, rng, [1.0]), machine(0.5, rng, [1.0], digest="y"))
+    (found,) = compare(["x"], machine(1), machine(0.5, digest="y"))
     assert found.numbers_changed
     assert "numbers changed" in str(found)
+
+
+def test_what_was_planted_is_said_with_the_verdict() -> None:
+    (found,) = compare(["x"], machine(1), machine(1.03, planted=0.0302))
+    assert (found.verdict, found.planted) == ("slower", 0.0302)
+    assert "planted +3.02%" in str(found)
+
+
+@pytest.mark.parametrize("count", [2 * STRETCHES - 2, 2 * STRETCHES + 1])
+def test_too_few_pairs_and_half_a_turn_are_refused(count: int) -> None:
+    with pytest.raises(InvalidInput, match=f"{count} pairs"):
+        judge("x", [1.0] * count, [1.0] * count, False)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +115,7 @@ def test_numbers_that_changed_are_said() -> None:
 )
 @pytest.mark.parametrize("swap", [False, True])
 def test_what_is_missing_or_wrong_on_one_side_does_not_pass(answer: dict[str, Any], want: str, swap: bool) -> None:
-    good = machine(1, np.random.default_rng(0), [1.0])
+    good = machine(1)
     sides = (good, lambda _: answer) if not swap else (lambda _: answer, good)
     (found,) = compare(["x"], *sides)
     assert (found.verdict, found.passed) == (want, False)
@@ -77,8 +132,8 @@ def test_sides_are_asked_in_turn_and_the_order_changes() -> None:
 
         return ask
 
-    list(compare(["x"], side("A"), side("B"), 4))
-    assert "".join(asked) == "ABBA" * 3
+    list(compare(["x"], side("A"), side("B"), 2 * STRETCHES))
+    assert "".join(asked) == "ABBA" * (STRETCHES + 1)
 
 
 def test_a_worker_answers_a_line_with_a_line(tmp_path: Path) -> None:
@@ -86,14 +141,14 @@ def test_a_worker_answers_a_line_with_a_line(tmp_path: Path) -> None:
     (tmp_path / "src" / "echo.py").write_text(
         'import sys\nfor line in sys.stdin: print(\'{"name": "%s"}\' % line.strip(), flush=True)\n'
     )
-    with worker(tmp_path, "q8_k", "echo") as ask:
+    with worker(tmp_path, ["q8_k"], "echo") as ask:
         assert [ask("a"), ask("b")] == [{"name": "a"}, {"name": "b"}]
 
 
 def test_a_worker_that_ends_is_an_error_with_what_it_said(tmp_path: Path) -> None:
     (tmp_path / "src").mkdir()
     (tmp_path / "src" / "broken.py").write_text("raise SystemExit('there is no GPU')\n")
-    with worker(tmp_path, "q8_k", "broken") as ask, pytest.raises(MissingEnvironment, match="there is no GPU"):
+    with worker(tmp_path, ["q8_k"], "broken") as ask, pytest.raises(MissingEnvironment, match="there is no GPU"):
         ask("a")
 
 

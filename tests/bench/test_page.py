@@ -9,12 +9,19 @@ import pytest
 from exactmoe.bench.page import render_history
 from exactmoe.cli.main import main
 
-ROW = {"equal": True, "roof": 0.5, "digest": "a" * 64}
+ROW = {"equal": True, "roof": 0.5, "gib": None, "gb_s": 1.0, "digest": "a" * 64}
 
 
 def a_run(commit: str, **times: float) -> dict[str, object]:
     rows = [{**ROW, "name": name, "cold": [us, us * 0.9, us * 1.1]} for name, us in times.items()]
-    return {"date": "2026-01-02T03:04:05", "commit": commit, "activations": "q8_k", "rows": rows}
+    return {
+        "date": "2026-01-02T03:04:05",
+        "commit": commit,
+        "device": "GPU",
+        "activations": "q8_k",
+        "model": "",
+        "rows": rows,
+    }
 
 
 @pytest.fixture

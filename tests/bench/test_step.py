@@ -1,13 +1,14 @@
 """The profile of a decode step, read; its clock needs a GPU."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from exactmoe.bench.step import Kernel, busy, summary, time_step, trace_step
+from exactmoe.bench.step import FIRST, Kernel, busy, follow, prepare, summary, time_steps, trace_step
 from exactmoe.kernels.errors import InvalidInput, MissingEnvironment
-from exactmoe.model.weights import load_model
+from exactmoe.model.weights import Model, load_model
 
 
 def event(name: str, ts: float, dur: float, cat: str = "kernel") -> dict[str, object]:
@@ -36,9 +37,36 @@ def test_a_profile_without_a_kernel_is_refused(trace: dict[str, object]) -> None
         summary(trace)
 
 
-def test_there_is_no_time_without_a_gpu(model_file: Path, tmp_path: Path) -> None:
-    model = load_model(model_file, torch.device("cpu"))
+@pytest.fixture
+def model(model_file: Path, device: torch.device) -> Model:
+    return load_model(model_file, device)
+
+
+def test_a_context_is_made_of_numbers_and_poison_lies_behind_it(model: Model) -> None:
+    cache = prepare(model, 9, 3).cache
+    assert (cache.length, cache.capacity) == (9, 12)
+    for part, bound in ((cache.k, 16256), (cache.v, 8192)):
+        written = part[:, :9].int()
+        assert written.unique().numel() > 0.8 * written.numel()
+        assert int(written.abs().max()) <= bound
+        assert bool((part[:, 9:] == -1).all())
+    for scale in (cache.k_scale, cache.v_scale):
+        assert bool(torch.isfinite(scale[:, :9]).all()) and bool((scale[:, :9] > 0).all())
+        assert bool(torch.isnan(scale[:, 9:]).all())
+
+
+def test_each_run_of_a_sequence_chooses_the_same_tokens(model: Model) -> None:
+    sequence = prepare(model, 5, 3)
+    (tokens, logits), (again, _) = follow(sequence), follow(sequence)
+    assert tokens.tolist() == again.tolist()
+    assert tokens[0] == FIRST
+    assert tokens[1:].tolist() == logits.argmax(1).tolist()
+    assert sequence.cache.length == 8
+
+
+def test_there_is_no_time_without_a_gpu(tmp_path: Path) -> None:
+    on_the_cpu = SimpleNamespace(device=torch.device("cpu"), cache=SimpleNamespace(k=torch.empty(0)))
     with pytest.raises(MissingEnvironment, match="CUDA device"):
-        time_step(model, 0)
+        time_steps(on_the_cpu)
     with pytest.raises(MissingEnvironment, match="CUDA device"):
-        trace_step(model, 0, tmp_path / "trace.json")
+        trace_step(on_the_cpu, 0, tmp_path / "trace.json")

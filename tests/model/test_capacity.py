@@ -47,7 +47,7 @@ def test_a_model_that_does_not_fit_is_refused_before_a_byte_is_read(
     def read(*_: object) -> None:
         raise AssertionError("a tensor was read")
 
-    monkeypatch.setattr(weights, "_on_host", read)
+    monkeypatch.setattr(weights, "from_file", read)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2**20, 2**40))
     with pytest.raises(MissingEnvironment, match="with 7 positions needs"):
         load_model(model_file, CUDA, "q8_k", 7)

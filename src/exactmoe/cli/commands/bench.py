@@ -3,33 +3,44 @@
 import argparse
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from exactmoe.cli import options, progress
 from exactmoe.kernels.errors import InvalidInput, require
 
 if TYPE_CHECKING:
-    from exactmoe.bench.run import Row
+    from exactmoe.bench.run import Row, Run
 
-HELP = "time the kernels at the shapes of Qwen3-30B-A3B on a CUDA device, after judging their bits"
+HELP = "time kernels at the shapes of Qwen3-30B-A3B, or a whole model, on a CUDA device, after judging their bits"
 EXAMPLES = """examples:
   exactmoe bench --list
   exactmoe bench
-  exactmoe bench qkv experts-up --activations q16_k --json -
+  exactmoe bench qkv moe-layer-1 --activations q16_k --json -
   exactmoe bench --record
   exactmoe bench qkv lm-head --compare HEAD~1
+  exactmoe bench qkv --compare HEAD --trials 20
+  exactmoe bench qkv --compare HEAD --plant 3 --trials 20
+  exactmoe bench --model big.gguf --record
+  exactmoe bench --model big.gguf decode-4096 prefill-512
   exactmoe bench --model big.gguf --context 4096 --trace step.json
-  exactmoe bench --history bench/results/nvidia-h100-80gb-hbm3.jsonl
+  exactmoe bench --history bench/results/nvidia-h100-80gb-hbm3.jsonl --markdown
+  exactmoe bench --readme README.md
 
 Times are of the device, between events around replays of a graph: cold with weights rotated so that they come from
-memory, warm from the cache. The roofs are measured in the same run. A kernel whose bits are not the reference's gets no
-time.
+memory, warm from the cache. The roofs are measured in the same run. A row whose bits are not those it is judged by, the
+reference's for a kernel, gets no number.
+
+With --model the rows are decode steps after 0, 4,096 and 32,768 positions, prompts of 512 to 4,096 tokens, loading, and
+memory. Steps and prompts are judged by each other. A row that the model or the device is too small for is not run, and
+refused where it was asked for.
 
 With --compare the verdict is on pairs of times, this tree's over REF's: faster, slower, or the same within an interval.
+With --trials and REF the tree itself, every faster or slower is a false alarm.
 
-exit status: 0 every kernel is right and none slower than REF, 1 one is not right, slower or missing, 2 the arguments
-are refused, 3 no CUDA device
+exit status: 0 every row is right and none slower than REF, the README as the history says; 1 one is not; 2 the
+arguments are refused, or a row that the model is too short for; 3 no CUDA device, or too little memory
 """
 
 
@@ -40,57 +51,68 @@ def configure(parser: argparse.ArgumentParser) -> None:
     options.add_activations(parser)
     parser.add_argument("--record", action="store_true", help="add the run to the history in bench/results")
     parser.add_argument("--history", type=Path, metavar="FILE", help="print the runs that FILE holds, and run nothing")
+    parser.add_argument("--markdown", action="store_true", help="with --history: print the README's table of it")
+    parser.add_argument(
+        "--readme",
+        type=Path,
+        metavar="FILE",
+        help="run nothing; 1 where the tables of speed in FILE are not those of --history (default: of bench/results)",
+    )
     parser.add_argument("--html", type=Path, metavar="FILE", help="with --history: write it as a page with plots")
     parser.add_argument(
         "--compare", metavar="REF", help="time this tree against the git revision REF, both at once, in turn"
     )
-    parser.add_argument("--model", metavar="GGUF", help="time the whole decode step of this model instead")
     parser.add_argument(
-        "--context", type=int, default=0, metavar="N", help="with --model: positions before the step (default: 0)"
+        "--trials", type=options.positive, metavar="N",
+        help="with --compare: do it N times over, and say how often it said faster, slower and same",
+    )  # fmt: skip
+    parser.add_argument(
+        "--plant", type=float, metavar="PERCENT",
+        help="with --compare: slow this tree down by so much on the device, to see whether that is seen",
+    )  # fmt: skip
+    parser.add_argument(
+        "--model", metavar="GGUF", help="measure this model instead: decode steps, prompts, loading and memory"
     )
+    parser.add_argument("--context", type=int, metavar="N", help="with --model: only the decode step after N positions")
     parser.add_argument(
-        "--trace", type=Path, metavar="FILE", help="with --model: write a profile of some steps, for Perfetto"
+        "--trace",
+        type=Path,
+        metavar="FILE",
+        help="as --context (default: 0), and write a profile of some steps to FILE",
     )
     parser.add_argument("--json", metavar="FILE", help="write the result as JSON too; - is stdout")
 
 
 def run(args: argparse.Namespace) -> int:
     """Judge and time; 0 if all are right, else 1."""
-    if args.history is not None:
+    if args.history is not None or args.readme is not None:
         return _history(args)
-    require(args.html is None, "--html draws a --history")
+    require(args.html is None and not args.markdown, "--html and --markdown are of a --history")
     if args.json not in (None, "-"):
         options.require_writable(args.json)
+    of_compare = args.trials is None and args.plant is None
+    require(args.compare is not None or of_compare, "--trials and --plant are of a --compare")
     if args.model is not None:
-        return _step(args)
-    require(args.trace is None and args.context == 0, "--trace and --context are of the decode step of a --model")
+        return _whole(args)
+    require(args.trace is None and args.context is None, "--trace and --context are of the decode step of a --model")
     from exactmoe.kernels.launch import resolve_device
 
     device = resolve_device("auto")
     from exactmoe.bench.cases import benches
 
     table = benches(args.activations)
-    unknown = [name for name in args.names if name not in table]
-    if unknown:
-        raise InvalidInput(f"no benchmark is named {', '.join(unknown)}; there are {', '.join(table)}")
-    chosen = [table[name] for name in args.names or table]
+    chosen = [table[name] for name in _known(args.names, table)]
     if args.list:
         print("\n".join(f"{bench.name:20} {bench.case.op:18} {bench.case}" for bench in chosen))
         return 0
     if args.compare is not None:
         return _compare(args, [bench.name for bench in chosen])
-    from exactmoe.bench.history import FOLDER
-    from exactmoe.bench.run import append
     from exactmoe.bench.run import run as run_benches
 
     stream = sys.stderr if args.json == "-" else sys.stdout
-    print(f"{'':20} {'us':>10} {'p10':>9} {'p90':>9} {'warm':>9} {'GB/s':>7} {'TFLOP/s':>8}   roof", file=stream)
+    print(_HEAD, file=stream)
     found = run_benches(chosen, device, args.activations, lambda row: print(_line(row), file=stream, flush=True))
-    print(f"roofs: copy {found.copy_gb_s:.0f} GB/s, fp16 matmul {found.matmul_tflop_s:.0f} TFLOP/s", file=stream)
-    _write_json(args.json, found.to_dict())
-    if args.record:
-        print(f"recorded in {append(found, FOLDER)}", file=stream)
-    return 0 if all(row.equal for row in found.rows) else 1
+    return _finish(args, found, stream)
 
 
 def _write_json(path: str | None, found: object) -> None:
@@ -106,74 +128,131 @@ def _write_json(path: str | None, found: object) -> None:
 
 def _compare(args: argparse.Namespace, names: list[str]) -> int:
     from exactmoe.bench.compare import compare, revisions
+    from exactmoe.bench.trials import lines, tally, to_dict
     from exactmoe.kernels.launch import resolve_device
 
+    require(args.plant is None or args.plant > 0, f"--plant must be more than 0 percent, got {args.plant}")
     resolve_device("cuda")
     stream = sys.stderr if args.json == "-" else sys.stdout
+    plant = None if args.plant is None else args.plant / 100
     verdicts = []
-    with revisions(args.compare, args.activations) as (other, this):
-        for verdict in compare(names, other, this):
-            verdicts.append(verdict)
-            print(verdict, file=stream, flush=True)
-    _write_json(args.json, [verdict.to_dict() for verdict in verdicts])
+    for _ in range(args.trials or 1):
+        with revisions(args.compare, args.activations, plant) as (other, this):
+            for verdict in compare(names, other, this):
+                verdicts.append(verdict)
+                print(verdict, file=stream, flush=True)
+    found: object = [verdict.to_dict() for verdict in verdicts]
+    if args.trials is not None:
+        rates = tally(verdicts)
+        print("\n".join(lines(rates)), file=stream)
+        found = {"verdicts": found, "rates": to_dict(rates)}
+    _write_json(args.json, found)
     failed = [verdict.name for verdict in verdicts if not verdict.passed]
     print(f"{len(verdicts)} compared with {args.compare}: {len(failed)} slower, wrong or missing", file=stream)
     return 1 if failed else 0
 
 
-def _step(args: argparse.Namespace) -> int:
-    """The decode step of a model."""
+def _whole(args: argparse.Namespace) -> int:
+    """The rows of a whole model."""
     from exactmoe.kernels.launch import resolve_device
 
-    require(args.context >= 0, f"--context must be 0 or more, got {args.context}")
-    require(not (args.names or args.compare or args.record), "--model times one step: no names, --compare or --record")
+    require(args.compare is None, "--compare is of kernels; a --model is timed as it is")
+    require(args.context is None or args.context >= 0, f"--context must be 0 or more, got {args.context}")
+    alone = args.context is not None or args.trace is not None
+    require(not (alone and args.names), "--context and --trace are of one decode step: no names beside them")
     if args.trace is not None:
         options.require_writable(args.trace)
-    file, _ = options.open_model(args.model)
-    device = resolve_device("cuda")
-    from statistics import median
+    file, config = options.open_model(args.model)
+    device = resolve_device("auto")
+    from exactmoe.bench.step import busy, summary, trace_step
+    from exactmoe.bench.whole import Whole, refusal, run_wholes, wholes
 
-    from exactmoe.bench.step import TOKENS, busy, summary, time_step, trace_step
-    from exactmoe.model.weights import load_model
-
+    table = wholes()
+    if alone:
+        only = Whole("decode", args.context or 0)
+        table = {only.name: only}
+    chosen = [table[name] for name in table if name in _known(args.names, table)]
+    refused = {row.name: error for row in chosen if (error := refusal(row, file, config, device))}
+    if refused and (alone or args.names or len(refused) == len(chosen)):
+        raise next(iter(refused.values()))
     stream = sys.stderr if args.json == "-" else sys.stdout
+    for name, error in refused.items():
+        print(f"{name:20} not run: {error}", file=stream)
+    chosen = [row for row in chosen if row.name not in refused]
+    if args.list:
+        print("\n".join(row.name for row in chosen))
+        return 0
+    print(_HEAD, file=stream)
     with progress.transfer("loading") as tell:
-        model = load_model(file, device, args.activations, args.context + TOKENS, tell)
-    samples = time_step(model, args.context)
-    us = median(samples)
-    spread = f"{min(samples):.1f} to {max(samples):.1f}"
-    print(f"{us:.1f} us a token ({spread}), {1e6 / us:.1f} tokens/s after {args.context} positions", file=stream)
-    found = {"context": args.context, "activations": args.activations, "us": samples, "tokens_s": 1e6 / us}
-    if args.trace is not None:
-        trace = trace_step(model, args.context, args.trace)
+        found, model = run_wholes(
+            chosen, file, device, args.activations, lambda row: print(_line(row), file=stream, flush=True), tell
+        )
+    status = _finish(args, found, stream)
+    if args.trace is not None and status == 0:
+        trace = trace_step(model, args.context or 0, args.trace)
         for kernel in summary(trace):
             print(f"{kernel.name:36} {kernel.calls:6} calls {kernel.median:9.2f} us {kernel.total:11.1f}", file=stream)
         print(f"{busy(trace):.1f} us busy; {args.trace} opens in ui.perfetto.dev", file=stream)
-    _write_json(args.json, found)
-    return 0
+    return status
+
+
+def _known(names: list[str], table: Mapping[str, object]) -> list[str]:
+    """`names`, or all; refuses one that is not in the table."""
+    unknown = [name for name in names if name not in table]
+    if unknown:
+        raise InvalidInput(f"no benchmark is named {', '.join(unknown)}; there are {', '.join(table)}")
+    return names or list(table)
+
+
+def _finish(args: argparse.Namespace, found: "Run", stream: TextIO) -> int:
+    """Say what the roofs were, write what was asked for; 0 if all rows are right, else 1."""
+    print(f"roofs: copy {found.copy_gb_s:.0f} GB/s, fp16 matmul {found.matmul_tflop_s:.0f} TFLOP/s", file=stream)
+    _write_json(args.json, found.to_dict())
+    if args.record:
+        from exactmoe.bench.history import FOLDER
+        from exactmoe.bench.run import append
+
+        print(f"recorded in {append(found, FOLDER)}", file=stream)
+    return 0 if all(row.equal for row in found.rows) else 1
+
+
+_HEAD = f"{'':20} {'us':>10} {'p10':>9} {'p90':>9} {'warm':>9} {'GB/s':>7} {'TFLOP/s':>8}   roof  tokens/s"
 
 
 def _line(row: "Row") -> str:
-    if row.cold is None or row.warm is None:
-        return f"{row.name:20} WRONG: not the reference's bits, so it has no speed"
-    tflop_s = f"{row.tflop_s:8.1f}" if row.tflop_s else " " * 8
-    times = f"{row.cold.median:10.2f} {row.cold.p10:9.2f} {row.cold.p90:9.2f} {row.warm.median:9.2f}"
-    return f"{row.name:20} {times} {row.gb_s or 0:7.0f} {tflop_s} {100 * (row.roof or 0):5.1f}%"
+    if not row.equal:
+        return f"{row.name:20} WRONG: not the bits it is judged by, so it has no number"
+    if row.cold is None:
+        return f"{row.name:20} {row.gib:10.2f} GiB {row.case}"
+    warm = f"{row.warm.median:9.2f}" if row.warm else ""
+    tflop_s = f"{row.tflop_s:.1f}" if row.tflop_s else ""
+    rate = f"{1e6 * row.tokens / row.cold.median:.0f}" if row.tokens and not row.warm else ""
+    times = f"{row.cold.median:10.2f} {row.cold.p10:9.2f} {row.cold.p90:9.2f} {warm:>9}"
+    return f"{row.name:20} {times} {row.gb_s or 0:7.0f} {tflop_s:>8} {100 * (row.roof or 0):5.1f}% {rate:>8}".rstrip()
 
 
 def _history(args: argparse.Namespace) -> int:
-    from exactmoe.bench.history import lines, read
+    from exactmoe.bench.history import FOLDER, lines, read
+    from exactmoe.bench.table import by_device, differences, tables
 
-    if not args.history.is_file():
-        raise InvalidInput(f"{args.history}: there is no such file")
-    runs = read(args.history)
-    if not runs:
-        raise InvalidInput(f"{args.history}: no run is recorded there")
-    print("\n".join(lines(runs, args.names)))
+    if args.history is None:
+        require(args.html is None and not args.markdown, "--html and --markdown are of a --history")
+        wanted = tables(FOLDER)
+    else:
+        require(args.history.is_file(), f"{args.history}: there is no such file")
+        runs = read(args.history)
+        require(bool(runs), f"{args.history}: no run is recorded there")
+        wanted = by_device(runs)
+        print("\n\n".join(wanted) if args.markdown else "\n".join(lines(runs, args.names)))
     if args.html is not None:
         from exactmoe.bench.page import render_history
 
         options.require_writable(args.html)
         with options.whole_file(args.html) as out:
             out.write(render_history(runs, args.history.stem).encode())
-    return 0
+    if args.readme is None:
+        return 0
+    found = differences(options.read_text(args.readme), wanted)
+    if found:
+        print("\n".join([*found, f"{args.readme}: its tables of speed are not what the history says"]), file=sys.stderr)
+    return 1 if found else 0

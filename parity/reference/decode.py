@@ -1,0 +1,18 @@
+"""The MoE layer of one token, from its residual stream to the next.      x [D] f32 -> y [D] f32"""
+
+from exactmoe.parity.reference.decode_experts import experts_down, experts_up
+from exactmoe.parity.reference.decode_router import decode_router
+from exactmoe.parity.reference.matvec import Norm
+from exactmoe.parity.reference.numerics import F32
+from exactmoe.parity.reference.router import RouterWeight
+from exactmoe.parity.reference.weights import QuantMatrix
+
+
+def moe_step(
+    x: F32, norm: Norm, router: RouterWeight, gate: QuantMatrix, up: QuantMatrix, down: QuantMatrix,
+    top_k: int, profile: str,
+) -> F32:  # fmt: skip
+    """x [D] plus the MoE layer of its norm."""
+    routed = decode_router(x, norm, router, profile)
+    h = experts_up(routed, gate, up, top_k)
+    return experts_down(routed, h, down, x, profile)

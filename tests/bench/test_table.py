@@ -1,0 +1,93 @@
+"""The README's tables of speed: what they say is what the history holds, and no less."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from exactmoe.bench import history
+from exactmoe.bench.history import FOLDER
+from exactmoe.bench.table import by_device, differences, tables
+from exactmoe.cli.main import main
+
+README = Path(__file__).parents[2] / "README.md"
+QKV = {"name": "qkv", "equal": True, "digest": "a", "cold": [8.0, 7.5, 9.25], "gb_s": 1234.5, "roof": 0.5, "gib": None}
+LM = QKV | {"name": "lm-head", "cold": [177.3, 170.0, 180.0]}
+MEMORY = QKV | {"name": "memory-most", "cold": None, "gb_s": None, "roof": None, "gib": 22.1}
+
+
+def a_run(*rows: dict[str, Any], commit: str = "a" * 40, date: str = "2026-01-02T03:04:05", device: str = "GPU") -> Any:
+    return {"date": date, "commit": commit, "device": device, "activations": "q8_k", "model": "", "rows": list(rows)}
+
+
+RUNS = [a_run(QKV, LM, MEMORY), a_run(QKV | {"cold": [4, 4, 4]}, commit="b" * 40 + "+", date="2026-02-03T00:00:00")]
+TABLE = """\
+| on GPU | median | p10 to p90 | GB/s | of the roof | commit | date |
+|---|--:|--:|--:|--:|---|---|
+| qkv | 4 us |  | 1,234 | 50.0% | `bbbbbbbbbbbb+` | 2026-02-03 |
+| lm-head | 177.3 us | 170 to 180 | 1,234 | 50.0% | `aaaaaaaaaaaa` | 2026-01-02 |
+| memory-most | 22.1 GiB |  |  |  | `aaaaaaaaaaaa` | 2026-01-02 |"""
+
+
+def test_the_readme_says_what_the_history_holds() -> None:
+    assert differences(README.read_text(encoding="utf-8"), tables(FOLDER)) == []
+
+
+def test_the_table_has_the_latest_number_of_each_benchmark_with_its_commit_and_date() -> None:
+    assert by_device(RUNS) == [TABLE]
+
+
+def test_a_benchmark_that_has_become_wrong_has_no_number() -> None:
+    (table,) = by_device([*RUNS, a_run(QKV | {"equal": False, "cold": None, "gb_s": None, "roof": None})])
+    assert "| qkv | wrong, so it has no number |" in table
+
+
+def test_each_device_has_a_table_of_its_own() -> None:
+    first, second = by_device([a_run(QKV, device="Z"), a_run(LM, device="B")])
+    assert first.startswith("| on B |") and "qkv" not in first
+    assert second.startswith("| on Z |") and "lm-head" not in second
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["# x\n\nWords.\n\n" + TABLE + "\n\nMore | words |.\n", TABLE, "| a | b |\n|---|---|\n| 1 | 2 |\n\n" + TABLE],
+)
+def test_a_text_that_holds_the_table_is_as_it_should_be(text: str) -> None:
+    assert differences(text, [TABLE]) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted", "said"),
+    [("Words.", [TABLE], "+| qkv | 4 us |"), (TABLE, [], "-| qkv | 4 us |"),
+     (TABLE.replace("177.3", "17.73"), [TABLE], "-| lm-head | 17.73 us |"),
+     (TABLE + "\n| faster | 1 us |  |  |  |  |  |", [TABLE], "-| faster | 1 us |"),
+     (TABLE.rpartition("\n")[0], [TABLE], "+| memory-most |"),
+     (TABLE + "\n\n" + TABLE, [TABLE], "-| qkv |"), (TABLE.replace("GPU", "another"), [TABLE], "-| on another |")],
+)  # fmt: skip
+def test_every_way_to_differ_is_named(text: str, wanted: list[str], said: str) -> None:
+    assert any(line.startswith(said) for line in differences(text, wanted))
+
+
+def test_no_history_and_no_table_agree() -> None:
+    assert differences("# A readme\n\n| a | b |\n|---|---|\n| 1 | 2 |\n", []) == []
+
+
+def test_the_command_prints_the_table_and_compares_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, readme, folder = tmp_path / "gpu.jsonl", tmp_path / "README.md", tmp_path / "results"
+    file.write_text("".join(json.dumps(run) + "\n" for run in RUNS))
+    assert main(["bench", "--history", str(file), "--markdown"]) == 0
+    assert capsys.readouterr().out == TABLE + "\n"
+    readme.write_text("Nothing.")
+    assert main(["bench", "--history", str(file), "--readme", str(readme)]) == 1
+    assert "+| qkv | 4 us |" in capsys.readouterr().err
+    monkeypatch.setattr(history, "FOLDER", folder)
+    assert main(["bench", "--readme", str(readme)]) == 0
+    folder.mkdir()
+    file.rename(folder / "gpu.jsonl")
+    assert main(["bench", "--readme", str(readme)]) == 1
+    readme.write_text(TABLE)
+    assert main(["bench", "--readme", str(readme)]) == 0
+    assert main(["bench", "--markdown"]) == main(["bench", "--markdown", "--readme", str(readme)]) == 2
