@@ -58,7 +58,7 @@ def _decode(p: str) -> Iterator[Bench]:
     yield Bench("moe-layer-1", MoeStep(1, E, A, F, D, "Q4_K", "Q6_K", p), 1, 4 * E * D + A * _EXPERT)
     yield Bench("lm-head", Matvec(V, D, "Q6_K", p, "", "norm"), 1, _matrix(V, D, "Q6_K"))
     for keys in (128, 4096):
-        yield Bench(f"attention-{keys}", DecodeAttention(H, G, C, keys - 1), 1, keys * G * 2 * (2 * C + 4))
+        yield Bench(f"attention-{keys}", DecodeAttention(H, G, C, keys - 1, p), 1, keys * G * 2 * (2 * C + 4))
 
 
 def _prefill(p: str) -> Iterator[Bench]:

@@ -6,6 +6,7 @@ import datetime as dt
 import json
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -110,8 +111,9 @@ def calls_of(bench: Bench, device: torch.device) -> Iterator[Callable[[], object
     """The call on as many copies of its arguments as the cache takes four times, and at least two."""
     op = kernel(bench.case)
     copies = max(2, min(_COPIES, -(-4 * _CACHE_BYTES // max(bench.weight_bytes, 1))))
-    for _ in range(copies):
-        args = bench.case.on(device)
+    first = bench.case.on(device)
+    for i in range(copies):
+        args = deepcopy(first) if i else first  # made once: numbers take longer than the copies
         yield lambda args=args: op(*args)  # type: ignore[misc]
 
 

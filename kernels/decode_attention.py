@@ -1,5 +1,5 @@
 """One token's attention, from its projections to the heads' outputs.      qkv [(H+2G)*C] f32 -> [H*C] f32
-Promised order: as qk_norm_rope, append and attend, one after another.
+Promised order: as qk_norm_rope, append, attend and quantize, one after another.
 
 A program takes every PARTS-th tile of keys of one kv head, for all its query heads. Probabilities need the largest
 score of all keys, so there are two launches: scores, then weighted values. A context of one tile is done in the first.
@@ -10,6 +10,7 @@ all as int8. A value is its bytes too, with h within 32, but as f16 that carry i
 the queries, or of the weights. Slices are joined, and parts added, in i64."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -21,6 +22,7 @@ from exactmoe.kernels.atomics import add_integers, arrive
 from exactmoe.kernels.attention import fixed_point
 from exactmoe.kernels.dependent import DEPENDENT, finish_wait, release_next
 from exactmoe.kernels.errors import require
+from exactmoe.kernels.formats import BLOCK
 from exactmoe.kernels.kv_cache import KVLayer, require_kv
 from exactmoe.kernels.launch import FAITHFUL, interpreting
 from exactmoe.kernels.matvec import Norm
@@ -34,13 +36,27 @@ from exactmoe.kernels.numerics import (
     reciprocal,
     round_even,
 )
+from exactmoe.kernels.packed import operand_words, store_operand
 from exactmoe.kernels.prefetch import prefetch, spans
 from exactmoe.kernels.rope import RopeTable, load_heads, load_turn, normed_rotated
-from exactmoe.kernels.tensors import require_f32
+from exactmoe.kernels.tensors import require_f32, slices
+
+
+class Attended(NamedTuple):
+    """What the output projection takes."""
+
+    heads: Tensor  # [H*C] f32
+    operand: Tensor | None  # i32, theirs, as kernels.packed describes it, where `whole_blocks`
+
 
 _MAX_KEYS = 262144  # as kernels.attention
 _MAX_WIDTH = 1024  # a head's sum of int8 products stays below 2^31
 _INTERPRETED = tl.constexpr(interpreting())
+
+
+def whole_blocks(heads_per_group: int, width: int) -> bool:
+    """Whether the queries of a kv head are whole blocks of 256, so that its program can quantise their outputs."""
+    return width >= 32 and width & (width - 1) == 0 and heads_per_group * width % BLOCK == 0
 
 
 def decode_attention(
@@ -50,9 +66,10 @@ def decode_attention(
     rope: RopeTable,
     kv: KVLayer,
     position: Tensor,
+    profile: str,
     later: Sequence[Tensor] = (),
-) -> Tensor:
-    """Output [H*C] of the token at `position` [1] i32, on the device, whose key and value are appended to `kv`.
+) -> Attended:
+    """Outputs [H*C] of the token at `position` [1] i32, on the device, whose key and value are appended to `kv`.
 
     `qkv` holds the projections of H query heads, then G keys, then G values. The caller has checked that the position
     lies in the cache. `later` is fetched ahead. Bit-equal to parity.reference.decode_attention.decode_attention."""
@@ -73,23 +90,27 @@ def decode_attention(
     per = heads // G
     sizes = {
         "H": heads, "G": G, "C": C, "C2": C2, "R": max(8, triton.next_power_of_2(per)),
-        "BK": tile.keys, "PARTS": tile.parts,
+        "BK": tile.keys, "PARTS": tile.parts, "S": slices(profile) if whole_blocks(per, C) else 0,
     }  # fmt: skip
-    out = torch.empty(heads * C, dtype=torch.float32, device=qkv.device)
+    out = Attended(
+        torch.empty(heads * C, dtype=torch.float32, device=qkv.device),
+        torch.empty(operand_words(heads * C, slices(profile)), dtype=torch.int32, device=qkv.device)
+        if sizes["S"] else None,
+    )  # fmt: skip
     scores = torch.empty(heads, P, dtype=torch.float32, device=qkv.device)
     tops = torch.empty(heads + G, tile.parts, dtype=torch.float32, device=qkv.device)
     sums = torch.empty(heads * C + heads, dtype=torch.int64, device=qkv.device)
     arrived = torch.empty(G, dtype=torch.int32, device=qkv.device)
-    slices = torch.empty(G, tile.parts, 2 * sizes["R"], C2, dtype=torch.int8, device=qkv.device)
+    queries = torch.empty(G, tile.parts, 2 * sizes["R"], C2, dtype=torch.int8, device=qkv.device)
     ahead = spans(later)
     _decode_scores_kernel[(G, tile.parts)](
         qkv, q_norm.weight, k_norm.weight, q_norm.eps, *rope, position, *kv,
-        slices, scores, tops, sums, arrived, out, *ahead[:2], P,
+        queries, scores, tops, sums, arrived, *out, *ahead[:2], P,
         **sizes, LATER=ahead[2], LATER2=ahead[3], WARPS=tile.warps,
         num_warps=tile.warps, num_stages=1, **DEPENDENT, **FAITHFUL,
     )  # fmt: skip
     _decode_values_kernel[(G, tile.parts)](
-        position, kv.v, kv.v_scale, scores, tops, sums, arrived, out, P,
+        position, kv.v, kv.v_scale, scores, tops, sums, arrived, *out, P,
         **sizes, PARTS2=triton.next_power_of_2(tile.parts),
         num_warps=tile.warps, num_stages=1, **DEPENDENT, **FAITHFUL,
     )  # fmt: skip
@@ -99,9 +120,10 @@ def decode_attention(
 @triton.jit(do_not_specialize=["P"])
 def _decode_scores_kernel(
     qkv_ptr, q_norm_ptr, k_norm_ptr, eps, cos_ptr, sin_ptr, position_ptr, k_ptr, ks_ptr, v_ptr, vs_ptr,
-    slices_ptr, scores_ptr, tops_ptr, sums_ptr, arrived_ptr, out_ptr, later_ptr, later2_ptr, P,
+    queries_ptr, scores_ptr, tops_ptr, sums_ptr, arrived_ptr, out_ptr, operand_ptr, later_ptr, later2_ptr, P,
     H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, C2: tl.constexpr, R: tl.constexpr,
-    BK: tl.constexpr, PARTS: tl.constexpr, LATER: tl.constexpr, LATER2: tl.constexpr, WARPS: tl.constexpr,
+    BK: tl.constexpr, PARTS: tl.constexpr, S: tl.constexpr,
+    LATER: tl.constexpr, LATER2: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     PER: tl.constexpr = H // G
     g, part = tl.program_id(0), tl.program_id(1)
@@ -142,7 +164,7 @@ def _decode_scores_kernel(
         factor = q_scale * reciprocal(tl.sqrt_rn(tl.full([R], C, tl.float32)))
         q_sum = tl.sum(q, axis=1)
         q_high = (q + 64) >> 7
-        rows_ptr = slices_ptr + (g * PARTS + part) * (2 * R * C2)
+        rows_ptr = queries_ptr + (g * PARTS + part) * (2 * R * C2)
         slice_at = rows_ptr + r[:, None] * C2 + c[None, :]
         tl.store(slice_at, q_high.to(tl.int8))
         tl.store(slice_at + R * C2, (q - 128 * q_high).to(tl.int8))
@@ -185,8 +207,7 @@ def _decode_scores_kernel(
             seen = (r < PER)[:, None] & (s <= position)[None, :] & (bad == 0)[:, None]
             scales = tl.load(vs_ptr + s.to(tl.int64) * G + g, s <= position, 0.0)
             den, num = _weighted(score, seen, tl.where(bad, 0.0, top), scales, w, v)
-            y = _quotient(num, den.to(tl.int64), bad, w)
-            tl.store(out_ptr + (g * PER + r)[:, None] * C + c[None, :], y, row)
+            _store(_quotient(num, den.to(tl.int64), bad, w), out_ptr, operand_ptr, g, H, PER, C, S)
 
 
 @triton.jit
@@ -291,11 +312,26 @@ def _quotient(num, den, bad, w):
     return nan_where(bad[:, None], y)
 
 
+@triton.jit
+def _store(y, out_ptr, operand_ptr, g, H: tl.constexpr, PER: tl.constexpr, C: tl.constexpr, S: tl.constexpr):
+    """Store the outputs [R, C2] of kv head `g`, and where S is not 0 as an operand of S slices."""
+    R: tl.constexpr = y.shape[0]
+    r, c = tl.arange(0, R), tl.arange(0, y.shape[1])
+    tl.store(out_ptr + (g * PER + r)[:, None] * C + c[None, :], y, (r < PER)[:, None] & (c < C)[None, :])
+    if S > 0:
+        M: tl.constexpr = R * C // 256
+        own: tl.constexpr = PER * C // 256
+        NB: tl.constexpr = H * C // 256
+        m = tl.arange(0, M)
+        halves = tl.permute(tl.reshape(y, [M, 2, 128]), (1, 0, 2))
+        store_operand(halves, tl.zeros([M], tl.int32), tl.where(m < own, g * own + m, NB), operand_ptr, NB, S, True)
+
+
 @triton.jit(do_not_specialize=["P"])
 def _decode_values_kernel(
-    position_ptr, v_ptr, vs_ptr, scores_ptr, tops_ptr, sums_ptr, arrived_ptr, out_ptr, P,
+    position_ptr, v_ptr, vs_ptr, scores_ptr, tops_ptr, sums_ptr, arrived_ptr, out_ptr, operand_ptr, P,
     H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, C2: tl.constexpr, R: tl.constexpr,
-    BK: tl.constexpr, PARTS: tl.constexpr, PARTS2: tl.constexpr,
+    BK: tl.constexpr, PARTS: tl.constexpr, S: tl.constexpr, PARTS2: tl.constexpr,
 ):  # fmt: skip
     PER: tl.constexpr = H // G
     g, part = tl.program_id(0), tl.program_id(1)
@@ -339,4 +375,4 @@ def _decode_values_kernel(
         if arrive(arrived_ptr + g) == active - 1:  # the last part has all sums
             num = tl.load(sum_at, row, 0, cache_modifier=".cg")
             den = tl.load(den_at, r < PER, 1, cache_modifier=".cg")
-            tl.store(out_ptr + head[:, None] * C + c[None, :], _quotient(num, den, bad, w), row)
+            _store(_quotient(num, den, bad, w), out_ptr, operand_ptr, g, H, PER, C, S)

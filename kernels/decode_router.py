@@ -42,12 +42,12 @@ def decode_router(x: Tensor, norm: Norm, weight: RouterWeight, profile: str, lat
         torch.empty(E, dtype=torch.float32, device=x.device),
         torch.empty(operand_words(D, slices(profile)), dtype=torch.int32, device=x.device),
     )
-    BE = tiles.decode_router(E)
+    BE, warps = tiles.decode_router(E)
     ahead = spans(later)
     _decode_router_kernel[(triton.cdiv(E, BE) + 1,)](
         x, norm.weight, norm.eps, *weight, *out, *ahead[:2],
         E=E, NB=NB, NB2=triton.next_power_of_2(NB), BITS=router_bits(D)[0], S=slices(profile), BE=BE,
-        LATER=ahead[2], LATER2=ahead[3], num_warps=4, **DEPENDENT, **FAITHFUL,
+        LATER=ahead[2], LATER2=ahead[3], WARPS=warps, num_warps=warps, **DEPENDENT, **FAITHFUL,
     )  # fmt: skip
     return out
 
@@ -56,7 +56,7 @@ def decode_router(x: Tensor, norm: Norm, weight: RouterWeight, profile: str, lat
 def _decode_router_kernel(
     x_ptr, norm_ptr, eps, w_ptr, scale_ptr, logits_ptr, operand_ptr, later_ptr, later2_ptr,
     E: tl.constexpr, NB: tl.constexpr, NB2: tl.constexpr, BITS: tl.constexpr, S: tl.constexpr, BE: tl.constexpr,
-    LATER: tl.constexpr, LATER2: tl.constexpr,
+    LATER: tl.constexpr, LATER2: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     D: tl.constexpr = NB * 256
     first = tl.program_id(0) * BE
@@ -67,8 +67,8 @@ def _decode_router_kernel(
         for i in tl.static_range(BE):
             e = tl.minimum(first + i, E - 1)
             fetched = fetched + (tl.load(w_ptr + e.to(tl.int64) * D + j, live, 0),)  # noqa: RUF005 - Triton has no *
-        prefetch(later_ptr, LATER, tl.program_id(0), (E + BE - 1) // BE, 128)
-        prefetch(later2_ptr, LATER2, tl.program_id(0), (E + BE - 1) // BE, 128)
+        prefetch(later_ptr, LATER, tl.program_id(0), (E + BE - 1) // BE, 32 * WARPS)
+        prefetch(later2_ptr, LATER2, tl.program_id(0), (E + BE - 1) // BE, 32 * WARPS)
         finish_wait()
         release_next()
         x = load_row(x_ptr, norm_ptr, eps, NB, NB2)

@@ -25,6 +25,7 @@ from exactmoe.kernels.packed import (
     load_block,
     of_lanes,
     operand_index,
+    operand_slices,
     operand_stride,
     store_operand,
 )
@@ -43,12 +44,18 @@ def matvec(
 ) -> Tensor:
     """y [sum N] of one or two matrices over the row x [K], normed first where asked, plus `residual` [sum N].
 
-    Bit-equal to parity.reference.matvec.matvec."""
+    In place of the row there may be its operand, i32, which another kernel has made; then there is no norm. Bit-equal
+    to parity.reference.matvec.matvec."""
     require(1 <= len(weights) <= 2, f"one or two matrices, got {len(weights)}")
     K = weights[0].k
     for w in weights:
         require(w.k == K and w.experts == 1, f"matrices of width {K} and {w.k}, of {w.experts} experts, in one matvec")
-    require_f32(x, "x", K)
+    ready = x.dtype == torch.int32
+    if ready:
+        require(norm is None, "an operand is quantised already: it cannot be normed")
+        require(operand_slices(x, K) == slices(profile), f"the operand is not of profile {profile}")
+    else:
+        require_f32(x, "x", K)
     if norm is not None:
         require_f32(norm.weight, "norm weight", K)
     N = sum(w.n for w in weights)
@@ -60,13 +67,13 @@ def matvec(
     counts = [triton.cdiv(w.n, tile.rows) for w in weights]
     programs = min(sum(counts), tile.programs) if len(weights) == 1 else sum(counts)
     words = operand_stride(K, slices(profile))
-    scratch = torch.empty(programs, words, dtype=torch.int32, device=x.device)
+    scratch = None if ready else torch.empty(programs, words, dtype=torch.int32, device=x.device)
     _matvec_kernel[(programs,)](
         x, norm.weight if norm else None, norm.eps if norm else 0.0, residual, y, scratch,
         *first.planes, *last.planes,
         NB=K // BLOCK, NB2=triton.next_power_of_2(K // BLOCK), N=first.n, N2=last.n if len(weights) == 2 else 0,
         FORMAT=first.format.ggml_id, FORMAT2=last.format.ggml_id, S=slices(profile), WORDS=words,
-        BN=tile.rows, LOOP=programs < sum(counts), AHEAD=min(K // BLOCK, tile.ahead),
+        READY=ready, BN=tile.rows, LOOP=programs < sum(counts), AHEAD=min(K // BLOCK, tile.ahead),
         num_warps=tile.warps, **DEPENDENT, **FAITHFUL,
     )  # fmt: skip
     return y
@@ -116,8 +123,8 @@ def fold(
 @triton.jit
 def _segment(
     pid, planes, x_ptr, norm_ptr, eps, residual_ptr, y_ptr, at_ptr,
-    NB: tl.constexpr, NB2: tl.constexpr, N: tl.constexpr, FORMAT: tl.constexpr, S: tl.constexpr, BN: tl.constexpr,
-    LOOP: tl.constexpr, AHEAD: tl.constexpr,
+    NB: tl.constexpr, NB2: tl.constexpr, N: tl.constexpr, FORMAT: tl.constexpr, S: tl.constexpr, READY: tl.constexpr,
+    BN: tl.constexpr, LOOP: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Rows of one matrix; its first tile is `pid`."""
     EVEN: tl.constexpr = N % BN == 0
@@ -127,9 +134,10 @@ def _segment(
         fetched = fetch(planes, n.to(tl.int64), n < N, NB, FORMAT, EVEN, AHEAD)
     finish_wait()
     release_next()
-    x = load_row(x_ptr, norm_ptr, eps, NB, NB2)
-    store_operand(x, tl.zeros([NB2], tl.int32), tl.arange(0, NB2), at_ptr, NB, S, FORMAT == Q4_K)
-    tl.debug_barrier()
+    if not READY:
+        x = load_row(x_ptr, norm_ptr, eps, NB, NB2)
+        store_operand(x, tl.zeros([NB2], tl.int32), tl.arange(0, NB2), at_ptr, NB, S, FORMAT == Q4_K)
+        tl.debug_barrier()
     if LOOP:
         for tile in range(pid, tl.cdiv(N, BN), tl.num_programs(0)):
             n = tile * BN + tl.arange(0, BN)
@@ -154,24 +162,60 @@ def _matvec_kernel(
     x_ptr, norm_ptr, eps, residual_ptr, y_ptr, scratch_ptr,
     words_ptr, high_ptr, scales_ptr, d_ptr, words2_ptr, high2_ptr, scales2_ptr, d2_ptr,
     NB: tl.constexpr, NB2: tl.constexpr, N: tl.constexpr, N2: tl.constexpr,
-    FORMAT: tl.constexpr, FORMAT2: tl.constexpr, S: tl.constexpr, WORDS: tl.constexpr,
+    FORMAT: tl.constexpr, FORMAT2: tl.constexpr, S: tl.constexpr, WORDS: tl.constexpr, READY: tl.constexpr,
     BN: tl.constexpr, LOOP: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
-    at_ptr = scratch_ptr + pid * WORDS
+    at_ptr = x_ptr
+    if not READY:
+        at_ptr = scratch_ptr + pid * WORDS
     planes = (words_ptr, high_ptr, scales_ptr, d_ptr)
     if N2 == 0:
-        _segment(pid, planes, x_ptr, norm_ptr, eps, residual_ptr, y_ptr, at_ptr, NB, NB2, N, FORMAT, S, BN, LOOP, AHEAD)
+        _segment(
+            pid,
+            planes,
+            x_ptr,
+            norm_ptr,
+            eps,
+            residual_ptr,
+            y_ptr,
+            at_ptr,
+            NB,
+            NB2,
+            N,
+            FORMAT,
+            S,
+            READY,
+            BN,
+            LOOP,
+            AHEAD,
+        )
     else:
         tiles_before: tl.constexpr = (N + BN - 1) // BN
         if pid < tiles_before:
             _segment(
-                pid, planes, x_ptr, norm_ptr, eps, residual_ptr, y_ptr, at_ptr, NB, NB2, N, FORMAT, S, BN, False, AHEAD
+                pid,
+                planes,
+                x_ptr,
+                norm_ptr,
+                eps,
+                residual_ptr,
+                y_ptr,
+                at_ptr,
+                NB,
+                NB2,
+                N,
+                FORMAT,
+                S,
+                READY,
+                BN,
+                False,
+                AHEAD,
             )
         else:
             tl.static_assert(residual_ptr is None)
             planes2 = (words2_ptr, high2_ptr, scales2_ptr, d2_ptr)
             _segment(
                 pid - tiles_before, planes2, x_ptr, norm_ptr, eps, None, y_ptr + N, at_ptr,
-                NB, NB2, N2, FORMAT2, S, BN, False, AHEAD,
+                NB, NB2, N2, FORMAT2, S, READY, BN, False, AHEAD,
             )  # fmt: skip

@@ -105,6 +105,7 @@ class Found(NamedTuple):
     warps: int = 0
     shared: int = 0  # bytes of shared memory a program
     size: int = 0  # PTX instructions
+    barriers: int = 0  # of them, those at which the warps of a program wait for each other
 
 
 class Report(NamedTuple):
@@ -348,10 +349,11 @@ def _judge_kernel(launch: Launch, arch: int, compiled: Any, resources: bool) -> 
         faults["enable_fp_fusion"] = "launched without enable_fp_fusion=False: the assembler may contract"
     registers, stack = _resources(compiled.asm["cubin"]) if resources else (None, None)
     ptx, metadata = _without_comments(compiled.asm["ptx"]), compiled.metadata
-    size = sum(opcodes(ptx).values())
+    counts = opcodes(ptx)
+    barriers = sum(n for op, n in counts.items() if op.split(".")[0] in ("bar", "barrier"))
     return Found(
         name, launch.variant, arch, instructions, reviewed, faults, registers, stack,
-        hashlib.sha256(ptx.encode()).hexdigest(), metadata.num_warps, metadata.shared, size,
+        hashlib.sha256(ptx.encode()).hexdigest(), metadata.num_warps, metadata.shared, counts.total(), barriers,
     )  # fmt: skip
 
 
@@ -499,13 +501,15 @@ def _decode_ops(
     dense = packed("Q4_K", H * C, D)
     router = RouterWeight(torch.empty(E, D, dtype=torch.int32), f32(E))
     later = (dense.storage, router.q)
-    yield partial(decode_attention, f32((H + 2 * G) * C), head_norm, head_norm, rope, kv, one, later)
     yield partial(choose, f32(37 * V), one, one)  # in parts
     gate = packed("Q4_K", D, E, F)
     for profile in PROFILES:
         yield partial(matvec, [packed("Q4_K", D, (H + 2 * G) * C)], f32(D), profile, norm)
         yield partial(matvec, [packed("Q4_K", D, (H + G) * C), packed("Q6_K", D, G * C)], f32(D), profile, norm)
-        yield partial(matvec, [dense], f32(H * C), profile, None, f32(D))
+        read = f32((H + 2 * G) * C), head_norm, head_norm, rope, kv, one, profile, later
+        yield partial(decode_attention, *read)
+        for x in (f32(H * C), torch.empty(operand_words(H * C, slices(profile)), dtype=torch.int32)):
+            yield partial(matvec, [dense], x, profile, None, f32(D))
         yield partial(matvec, [packed("Q6_K", D, 37 * V)], f32(D), profile, norm)
         yield partial(decode_router, f32(D), norm, router, profile, later)
         routed = Routed(f32(E), torch.empty(operand_words(D, slices(profile)), dtype=torch.int32))
@@ -556,6 +560,7 @@ def _print(report: Report) -> None:
     for f in report.found:
         verdict = "REFUSED" if f.faults else "reviewed" if f.reviewed else "clean"
         use = f"  {f.registers} registers, {f.stack} B stack" if f.registers is not None else ""
+        use += f"  {f.size} instructions, {f.barriers} barriers"
         found = (
             ", ".join(f"{n} {op}" for op, n in f.instructions.items() if op.split(".")[0] not in _MOVES) or "no float"
         )

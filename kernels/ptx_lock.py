@@ -41,6 +41,7 @@ def lock_of(found: Iterable[Found]) -> Lock:
                 {
                     "ptx": f.ptx,
                     "instructions": f.size,
+                    "barriers": f.barriers,
                     "warps": f.warps,
                     "registers": f.registers,
                     "stack": f.stack,
@@ -89,7 +90,7 @@ def differences(locked: Lock, found: Lock) -> list[str]:
 
 def _entries(entries: Iterable[Mapping[str, Any]]) -> str:
     return ", ".join(
-        f"{e['ptx'][:12]} {e['instructions']} instructions, {e['warps']} warps of {e['registers']} registers, "
+        f"{e['ptx'][:12]} {e['instructions']} instructions, {e['barriers']} barriers, {e['warps']} warps of {e['registers']} registers, "
         f"{e['stack']} B stack, {e['shared']} B shared"
         for e in entries
     )

@@ -118,9 +118,9 @@ def matvec(rows: int, blocks: int) -> MatvecTile:
     return MatvecTile(16, 4, 4 * 132, 8)
 
 
-def decode_router(experts: int) -> int:
-    """Experts whose logits one program computes, for one token."""
-    return experts if interpreting() else 1
+def decode_router(experts: int) -> tuple[int, int]:
+    """(experts whose logits one program computes, warps), for one token."""
+    return (experts, 4) if interpreting() else (1, 8)
 
 
 def experts_up(rows: int) -> MatvecTile:

@@ -66,8 +66,10 @@ class Decoder:
         model, cache = self._model, self._cache
         qkv = matvec(layer.qkv, x, model.profile, layer.attn_norm)
         later = (layer.attn_output.storage, layer.router.q)
-        heads = decode_attention(qkv, layer.q_norm, layer.k_norm, cache.rope, cache.layer(i), self._position, later)
-        x = matvec([layer.attn_output], heads, model.profile, residual=x)
+        heads, operand = decode_attention(
+            qkv, layer.q_norm, layer.k_norm, cache.rope, cache.layer(i), self._position, model.profile, later
+        )
+        x = matvec([layer.attn_output], heads if operand is None else operand, model.profile, residual=x)
         return moe_step(
             x,
             layer.ffn_norm,

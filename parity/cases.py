@@ -20,7 +20,7 @@ from exactmoe.parity.reference.dispatch import Dispatch
 from exactmoe.parity.reference.kv_cache import KVLayer
 from exactmoe.parity.reference.matvec import Norm
 from exactmoe.parity.reference.packed import operand
-from exactmoe.parity.reference.quantize import Activations
+from exactmoe.parity.reference.quantize import Activations, quantize
 from exactmoe.parity.reference.rope import RopeTable
 from exactmoe.parity.reference.router import RouterWeight
 from exactmoe.parity.reference.weights import QuantMatrix
@@ -664,7 +664,7 @@ class Matvec(Case):
     format: str
     profile: str
     second: str = ""  # format of a second matrix, of 7 rows
-    around: str = "plain"  # norm before, residual after
+    around: str = "plain"  # norm before, residual after, or the row as an operand, then residual after
     data: str = "normal"
 
     @property
@@ -682,7 +682,10 @@ class Matvec(Case):
             x[:] = 1  # every code at its bound
         norm = Norm(floats(rng, (self.K,), "normal"), np.float32(EPS)) if self.around == "norm" else None
         rows = self.N + 7 * bool(self.second)
-        return weights, x, self.profile, norm, floats(rng, (rows,), "normal") if self.around == "residual" else None
+        residual = floats(rng, (rows,), "normal") if self.around in ("residual", "operand") else None
+        if self.around == "operand":
+            x = operand(quantize(x[None], self.profile))
+        return weights, x, self.profile, norm, residual
 
 
 @dataclass(frozen=True)
@@ -765,6 +768,7 @@ class DecodeAttention(Case):
     G: int
     C: int
     position: int
+    profile: str
     data: str = "normal"
 
     @property
@@ -783,7 +787,7 @@ class DecodeAttention(Case):
         angle = rng.uniform(-np.pi, np.pi, (self.position + 1 + CACHE_SLACK, self.C // 2))
         table = RopeTable(np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32))
         kv = cache(rng, self.position + 1, self.G, self.C, self.data)
-        return qkv, q_norm, k_norm, table, kv, np.array([self.position], np.int32)
+        return qkv, q_norm, k_norm, table, kv, np.array([self.position], np.int32), self.profile
 
 
 _ROWS = (0, 1, 2, 7, 17, 64, 65, 130)
@@ -955,8 +959,8 @@ def _decode_cases() -> Iterator[Case]:
             yield Matvec(N, K, fmt, profile)
         for data in ("worst", "heavy", "zero", "subnormal", "outlier", "tiny", "nonfinite"):
             yield Matvec(23, 512, fmt, profile, data=data)
-        for second, around in product(("", *BLOCK_BYTES), ("norm", "residual")):
-            if not (second and around == "residual"):
+        for second, around in product(("", *BLOCK_BYTES), ("norm", "residual", "operand")):
+            if around == "norm" or not second:
                 yield Matvec(23, 768, fmt, profile, second, around)
         yield Matvec(23, 512, fmt, profile, around="norm", data="nonfinite")
         yield Matvec(151936, 2048, fmt, profile, around="norm")
@@ -975,18 +979,16 @@ def _decode_cases() -> Iterator[Case]:
             yield ExpertsDown(12, 3, 256, 256, "Q6_K", profile, data)
         yield ExpertsUp(128, 8, 768, 2048, "Q4_K", "Q4_K", profile)
         yield from (ExpertsDown(128, 8, 768, 2048, fmt, profile) for fmt in BLOCK_BYTES)
-    for H, G, C, position in [
-        (1, 1, 32, 0),
-        (8, 2, 64, 1),
-        (6, 2, 100, 17),
-        (8, 1, 128, 127),
-        (4, 4, 64, 128),
-        (2, 1, 64, 700),
-    ]:
-        yield DecodeAttention(H, G, C, position)
-    for data in ("worst", "wide", "zero", "nonfinite", "overflow", "peaked", "huge", "tiny", "new"):
-        yield DecodeAttention(4, 2, 64, 37, data)
-    yield DecodeAttention(32, 4, 128, 4095)
+    for profile in PROFILES:
+        # Queries of a kv head in whole blocks of 256, and not; keys in one tile, in several, in several of a program.
+        for H, G, C, position in [
+            (1, 1, 32, 0), (8, 2, 64, 1), (6, 2, 100, 17), (8, 1, 128, 127), (8, 2, 64, 128), (4, 4, 64, 128),
+            (6, 1, 128, 300), (2, 1, 64, 700), (32, 4, 128, 4095),
+        ]:  # fmt: skip
+            yield DecodeAttention(H, G, C, position, profile)
+        for data in ("worst", "wide", "zero", "nonfinite", "overflow", "peaked", "huge", "tiny", "new"):
+            yield DecodeAttention(8, 2, 64, 37, profile, data)
+            yield DecodeAttention(4, 2, 64, 150, profile, data)
 
 
 def _table() -> dict[str, tuple[Case, ...]]:
@@ -1083,6 +1085,8 @@ def group_sums(q: NDArray[np.int8]) -> NDArray[np.int16]:
 
 
 def _named(value: Any, name: str = "out") -> dict[str, NDArray[Any]]:
+    if value is None:  # an output that this shape does not have; the other side must not have it either
+        return {}
     if not isinstance(value, tuple):
         return {name: value if isinstance(value, np.ndarray) else value.cpu().numpy()}
     named = {}

@@ -98,7 +98,8 @@ class _Fused:
         if stage == "attention":
             cache = self.cache(past, tokens)  # type: ignore[attr-defined]
             at = self.value(np.array([len(past)], np.int32))  # type: ignore[attr-defined]
-            return o.decode_attention(self.join(given), w.q_norm, w.k_norm, cache.rope, cache.layer(layer), at)
+            read = self.join(given), w.q_norm, w.k_norm, cache.rope, cache.layer(layer), at, profile
+            return o.decode_attention(*read).heads
         if stage == "post_attn_residual":
             return o.matvec(w.attn_output, given[1], profile, residual=given[0])
         routed = o.decode_router(given[0], w.ffn_norm, w.router, profile)
@@ -217,7 +218,7 @@ class DecodeSteps(_Fused, TritonSteps):
         for layer in range(self.n_layers):
             qkv, attention, middle, routed, h, x = heard[1 + 6 * layer :][:6]
             parts = {
-                **self.split(qkv), "attention": attention, "post_attn_residual": middle,
+                **self.split(qkv), "attention": attention.heads, "post_attn_residual": middle,
                 "moe_router_logits": routed.logits, "moe_expert_swigl": h, "post_ffn_residual": x,
             }  # fmt: skip
             stages |= {(name, layer): self.array(part)[None] for name, part in parts.items()}

@@ -581,4 +581,10 @@ FAULTS: tuple[Fault, ...] = (
         "attend(q, kv, max(at - 1, 0))[0]",
         "keys before the position, without its own",
     ),
+    Fault(
+        "decode-attention-always-in-8-bits", "decode_attention", "decode_attention",
+        "quantize(out[None], profile)",
+        'quantize(out[None], "q8_k")',
+        "attention itself has no profile, what it hands on has",
+    ),
 )  # fmt: skip

@@ -7,7 +7,8 @@ import numpy as np
 
 from exactmoe.parity.reference.matmul import matmul
 from exactmoe.parity.reference.norm import rms_norm_quantize
-from exactmoe.parity.reference.numerics import F32
+from exactmoe.parity.reference.numerics import F32, I32
+from exactmoe.parity.reference.packed import activations
 from exactmoe.parity.reference.quantize import quantize
 from exactmoe.parity.reference.residual import add
 from exactmoe.parity.reference.weights import QuantMatrix
@@ -21,11 +22,13 @@ class Norm(NamedTuple):
 
 
 def matvec(
-    weights: Sequence[QuantMatrix], x: F32, profile: str, norm: Norm | None = None, residual: F32 | None = None
+    weights: Sequence[QuantMatrix], x: F32 | I32, profile: str, norm: Norm | None = None, residual: F32 | None = None
 ) -> F32:
-    """y [sum N] of the row x [K], normed first where asked, plus `residual` [sum N]."""
-    row = x[None]
-    if norm is not None:
+    """y [sum N] of the row x [K], normed first where asked, plus `residual` [sum N]. x may be the row's operand."""
+    row = x[None].view(np.float32)
+    if x.dtype == np.int32:
+        a = activations(x.view(np.int32), weights[0].k)
+    elif norm is not None:
         a = rms_norm_quantize(row, norm.weight, norm.eps, profile).activations
     else:
         a = quantize(row, profile)

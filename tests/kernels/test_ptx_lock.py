@@ -18,11 +18,12 @@ def found(
     arch: int = 90,
     warps: int = 4,
     registers: int | None = 32,
+    barriers: int = 3,
 ) -> Found:
-    return Found(kernel, variant, arch, {}, {}, {}, registers, 0, ptx, warps, 16, 100)
+    return Found(kernel, variant, arch, {}, {}, {}, registers, 0, ptx, warps, 16, 100, barriers)
 
 
-TAKES = "100 instructions, 4 warps of 32 registers, 0 B stack, 16 B shared"
+TAKES = "100 instructions, 3 barriers, 4 warps of 32 registers, 0 B stack, 16 B shared"
 
 
 def test_a_lock_has_every_compilation_for_its_architecture() -> None:
@@ -35,6 +36,7 @@ def test_a_lock_has_every_compilation_for_its_architecture() -> None:
     ("after", "said"),
     [([found(ptx="b" * 64)], f"changed  _k M=1: aaaaaaaaaaaa {TAKES} -> bbbbbbbbbbbb"),
      ([found(warps=8)], "8 warps"), ([found(registers=40)], "40 registers"),
+     ([found(barriers=9)], "9 barriers"),
      ([found(), found("_new")], "new      _new M=1"),
      ([found(variant="M=2")], "gone     _k M=1"),
      ([found(), found(ptx="b" * 64)], "changed  _k M=1")],

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from exactmoe.cli.main import main
+from exactmoe.kernels.decode_attention import Attended
 from exactmoe.kernels.errors import InvalidInput
 from exactmoe.model.gguf.reader import GGUFFile, open_gguf
 from exactmoe.model.stages import WHOLE_MODEL
@@ -62,9 +63,14 @@ def _wrong(op: str, spoil: Callable[[Any], Any]) -> Any:
     return lambda *args, **kwargs: spoil(right(*args, **kwargs))
 
 
+def _turned(out: Any) -> Any:
+    """Heads in the wrong order, which nobody has quantised."""
+    return Attended(out.heads.flip(0).contiguous(), None)
+
+
 PLANTS = {
     "embed": ("embedding", WHOLE_MODEL, lambda out: out * 1.5),
-    "decode_attention": ("attention", 0, lambda out: out.flip(0).contiguous()),
+    "decode_attention": ("attention", 0, _turned),
     "decode_router": ("moe_router_logits", 0, lambda out: out._replace(logits=out.logits.roll(1))),
     "experts_up": ("moe_expert_swigl", 0, lambda out: out.roll(1, 0).contiguous()),
     "experts_down": ("post_ffn_residual", 0, lambda out: -out),
