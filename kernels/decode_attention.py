@@ -323,8 +323,8 @@ def _store(y, out_ptr, operand_ptr, g, H: tl.constexpr, PER: tl.constexpr, C: tl
         own: tl.constexpr = PER * C // 256
         NB: tl.constexpr = H * C // 256
         m = tl.arange(0, M)
-        halves = tl.permute(tl.reshape(y, [M, 2, 128]), (1, 0, 2))
-        store_operand(halves, tl.zeros([M], tl.int32), tl.where(m < own, g * own + m, NB), operand_ptr, NB, S, True)
+        blocks = tl.reshape(y, [M, 256])
+        store_operand(blocks, tl.zeros([M], tl.int32), tl.where(m < own, g * own + m, NB), operand_ptr, NB, S, True)
 
 
 @triton.jit(do_not_specialize=["P"])

@@ -150,8 +150,7 @@ def _experts_down_kernel(
     r = tl.arange(0, A2 * FB2)
     k_of, b_of = r // FB2, r % FB2
     real = (k_of < A) & (b_of < FB)
-    j = (tl.arange(0, 2) * 128)[:, None, None] + tl.arange(0, 128)[None, None, :]
-    h = tl.load(h_ptr + (k_of * FB + b_of)[None, :, None] * 256 + j, real[None, :, None], 0.0)
+    h = tl.load(h_ptr + (k_of * FB + b_of)[:, None] * 256 + tl.arange(0, 256)[None, :], real[:, None], 0.0)
     store_operand(h, k_of * WORDS, tl.where(real, b_of, FB), at_ptr, FB, S, FORMAT == Q4_K)
     tl.debug_barrier()
     of_row = tl.minimum(tl.arange(0, A2 * BN) // BN, A - 1) * WORDS

@@ -14,9 +14,9 @@ from exactmoe.kernels.dependent import DEPENDENT, finish_wait, release_next
 from exactmoe.kernels.errors import require
 from exactmoe.kernels.formats import BLOCK
 from exactmoe.kernels.launch import FAITHFUL
-from exactmoe.kernels.matvec import Norm, load_row
+from exactmoe.kernels.matvec import Norm, block_index, load_row
 from exactmoe.kernels.numerics import INF_BITS, exponent, magnitude, nan_where, pow2, round_even
-from exactmoe.kernels.packed import operand_index, operand_words, store_operand
+from exactmoe.kernels.packed import operand_words, store_operand
 from exactmoe.kernels.prefetch import prefetch, spans
 from exactmoe.kernels.router import RouterWeight, router_bits
 from exactmoe.kernels.tensors import require_f32, slices
@@ -61,7 +61,7 @@ def _decode_router_kernel(
     D: tl.constexpr = NB * 256
     first = tl.program_id(0) * BE
     if first < E:
-        j = operand_index(NB2)
+        j = block_index(NB2)
         live = j < D
         fetched = ()  # type: tuple[tl.tensor, ...]
         for i in tl.static_range(BE):
@@ -74,7 +74,7 @@ def _decode_router_kernel(
         x = load_row(x_ptr, norm_ptr, eps, NB, NB2)
         top = tl.max(magnitude(x))
         bad = top >= INF_BITS
-        ex = tl.where(bad, 0, tl.maximum(exponent(top), -100)) + tl.zeros([1, 1, 1], tl.int32)
+        ex = tl.where(bad, 0, tl.maximum(exponent(top), -100)) + tl.zeros([1, 1], tl.int32)
         fixed = round_even(tl.where(bad, 0.0, x) * pow2(BITS - 1 - ex)).to(tl.int64)
         for i in tl.static_range(BE):
             e = first + i + tl.zeros([1], tl.int32)

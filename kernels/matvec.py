@@ -24,7 +24,6 @@ from exactmoe.kernels.packed import (
     block_product,
     load_block,
     of_lanes,
-    operand_index,
     operand_slices,
     operand_stride,
     store_operand,
@@ -80,25 +79,33 @@ def matvec(
 
 
 @triton.jit
+def block_index(NB2: tl.constexpr):
+    """Index of the elements of NB2 blocks, [NB2, 256]."""
+    return tl.arange(0, NB2)[:, None] * 256 + tl.arange(0, 256)[None, :]
+
+
+@triton.jit
 def load_row(x_ptr, norm_ptr, eps, NB: tl.constexpr, NB2: tl.constexpr):
-    """The row x [NB*256] as f32 [2, NB2, 128] (see `operand_index`), zero beyond its blocks, RMS-normed where asked."""
-    j = operand_index(NB2)
+    """The row x [NB*256] as f32 [NB2, 256], zero beyond its blocks, RMS-normed where asked."""
+    j = block_index(NB2)
     K: tl.constexpr = NB * 256
     x = tl.load(x_ptr + j, j < K, 0.0)
     if norm_ptr is not None:
         weight = tl.load(norm_ptr + j, j < K, 0.0)
-        top = tl.max(magnitude(x)) + tl.zeros([1, 1, 1], tl.int32)  # a number, so that no layout is in the way
+        top = tl.max(magnitude(x)) + tl.zeros([1, 1], tl.int32)  # a number, so that no layout is in the way
         i = fixed_point_23(x, top)
-        r = inverse_rms_of(tl.sum(i * i) + tl.zeros([1, 1, 1], tl.int64), top, K, eps)
+        r = inverse_rms_of(tl.sum(i * i) + tl.zeros([1, 1], tl.int64), top, K, eps)
         x = (x * r) * weight
     return x
 
 
 @triton.jit
 def fetch(planes, row, live, NB: tl.constexpr, FORMAT: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr):
-    """The first AHEAD blocks of weight rows `row` [N], on their way."""
+    """The first AHEAD blocks of weight rows `row` [N], on their way; half as many of Q6_K, whose blocks take twice the
+    registers."""
+    count: tl.constexpr = AHEAD if FORMAT == Q4_K else (AHEAD + 1) // 2
     fetched = ()  # type: tuple[tl.tensor, ...]
-    for b in tl.static_range(AHEAD):
+    for b in tl.static_range(count):
         fetched = fetched + (load_block(planes, row, live, b, NB, FORMAT, EVEN),)  # noqa: RUF005 - Triton has no *
     return fetched
 
@@ -110,12 +117,13 @@ def fold(
 ):  # fmt: skip
     """y [N] of weight rows `row` against the operand at `x_ptr` [1], or [N] of each: block products, left to right.
 
-    The first AHEAD blocks are `fetched`; each one used makes room for one more."""
-    acc = tl.zeros([1, row.shape[0]], tl.float32)
+    The first blocks are `fetched`; each one used makes room for one more."""
+    count: tl.constexpr = AHEAD if FORMAT == Q4_K else (AHEAD + 1) // 2
+    acc = tl.zeros([row.shape[0], 1], tl.float32)
     for b in tl.static_range(NB):
         acc = acc + block_product(fetched[b], planes, row, live, x_ptr, b, NB, FORMAT, S, EVEN)
-        if b + AHEAD < NB:
-            more = load_block(planes, row, live, b + AHEAD, NB, FORMAT, EVEN)
+        if b + count < NB:
+            more = load_block(planes, row, live, b + count, NB, FORMAT, EVEN)
             fetched = fetched + (more,)  # noqa: RUF005
     return of_lanes(acc)
 

@@ -22,16 +22,7 @@ from torch import Tensor
 from exactmoe.kernels.errors import require
 from exactmoe.kernels.formats import BLOCK, QuantFormat, executable_format
 from exactmoe.kernels.launch import interpreting
-from exactmoe.kernels.numerics import (
-    bits_of,
-    codes_8,
-    codes_15,
-    factors_8,
-    factors_15,
-    from_bits,
-    magnitude,
-    sign_key,
-)
+from exactmoe.kernels.numerics import bits_of, from_bits, quantize_8, quantize_15
 from exactmoe.kernels.tensors import QuantMatrix
 
 _INTERPRETED = tl.constexpr(interpreting())
@@ -146,30 +137,15 @@ def dp2a(a, b, c, half: tl.constexpr):
 
 
 @triton.jit
-def operand_index(NB2: tl.constexpr):
-    """Index of the elements of NB2 blocks as a tile [2, NB2, 128], halves of blocks first.
-
-    A warp holds whole rows of 128 and both halves of a block, so that nothing in a block crosses warps."""
-    half = tl.arange(0, 2)[:, None, None] * 128
-    return half + tl.arange(0, NB2)[None, :, None] * 256 + tl.arange(0, 128)[None, None, :]
-
-
-@triton.jit
 def store_operand(x, start, block, at_ptr, NB: tl.constexpr, S: tl.constexpr, SUMS: tl.constexpr):
-    """Quantise f32 [2, M, 128] as blocks `block` [M] of the operands that begin `start` [M] words after `at_ptr`.
+    """Quantise f32 [M, 256] as blocks `block` [M] of the operands that begin `start` [M] words after `at_ptr`.
 
     A block from NB on is not stored, sums only for a format that takes them (`SUMS`)."""
-    mag = magnitude(x)
-    top = tl.max(tl.max(mag, axis=2), axis=0)  # [M]
-    top3 = top[None, :, None]
     if S == 1:
-        index = (tl.arange(0, 2) * 128)[:, None, None] + tl.arange(0, 128)[None, None, :]
-        key = tl.min(tl.min(sign_key(x, mag, top3, index), axis=2), axis=0)
-        s, scale = factors_8(top, key)
-        _store_slice(codes_8(x, top3, s[None, :, None]), start, block, at_ptr, NB, SUMS)
+        q, scale = quantize_8(x)
+        _store_slice(q, start, block, at_ptr, NB, SUMS)
     else:
-        s, scale = factors_15(top)
-        v = codes_15(x, top3, s[None, :, None])
+        v, scale = quantize_15(x)
         hi = (v + 64) >> 7
         _store_slice(hi, start, block, at_ptr, NB, SUMS)
         _store_slice(v - 128 * hi, start, block, at_ptr + 68 * NB, NB, SUMS)
@@ -179,41 +155,31 @@ def store_operand(x, start, block, at_ptr, NB: tl.constexpr, S: tl.constexpr, SU
 
 @triton.jit
 def _store_slice(q, start, block, at_ptr, NB: tl.constexpr, SUMS: tl.constexpr):
-    M: tl.constexpr = q.shape[1]
-    live = (block < NB)[None, :, None]
-    half = tl.arange(0, 2)[:, None, None]
-    at = block[None, :, None]
-    start = start[None, :, None]
+    live = (block < NB)[:, None]
+    at, start = block[:, None], start[:, None]
     byte_ptr = at_ptr.to(tl.pointer_type(tl.int8), bitcast=True)
-    tl.store(byte_ptr + start * 4 + at * 256 + half * 128 + tl.arange(0, 128)[None, None, :], q.to(tl.int8), live)
+    tl.store(byte_ptr + start * 4 + at * 256 + tl.arange(0, 256)[None, :], q.to(tl.int8), live)
     if SUMS:
-        sums = tl.sum(tl.reshape(q, [2, M, 4, 32]), axis=3)
+        sums = tl.sum(tl.reshape(q, [q.shape[0], 8, 32]), axis=2)
         sum_ptr = (at_ptr + 64 * NB).to(tl.pointer_type(tl.int16), bitcast=True)
-        tl.store(sum_ptr + start * 2 + at * 8 + half * 4 + tl.arange(0, 4)[None, None, :], sums.to(tl.int16), live)
+        tl.store(sum_ptr + start * 2 + at * 8 + tl.arange(0, 8)[None, :], sums.to(tl.int16), live)
 
 
 @triton.jit
 def load_block(planes, row, live, b: tl.constexpr, NB: tl.constexpr, FORMAT: tl.constexpr, EVEN: tl.constexpr):
     """Block `b` of weight rows `row` [N], i64, as a tuple for `block_product`; nothing is awaited yet.
 
-    Lanes come first in a tile: Triton deals its threads out in that order, so that a block lies in one warp. What all
-    lanes of a row need, each loads for itself, in the same 16 bytes a row."""
-    v = tl.arange(0, 4)[None, None, :]
-    live3 = live[None, :, None]
+    A block is 32 words in the order of memory, so that its eight lanes of four lie in one warp; what all lanes of a row
+    need, each loads for itself."""
+    i = tl.arange(0, 32)[None, :]
+    live = live[:, None]
     if FORMAT == Q4_K:
-        ptr = (planes[0] + row * (NB * 36) + b * 36)[None, :, None] + v
-        return (_load(ptr + 4 + (4 * tl.arange(0, 8))[:, None, None], live3, EVEN),)
-    else:
-        N: tl.constexpr = row.shape[0]
-        lane = tl.arange(0, 4)
-        at = (lane // 2 * 16 + lane % 2 * 4)[:, None, None] + v
-        low_ptr = (planes[0] + row * (NB * 32) + b * 32)[None, :, None] + at
-        at = (lane * 4)[:, None, None] + v
-        high_ptr = (planes[1] + row * (NB * 16) + b * 16)[None, :, None] + at
-        low, low2, high = _load(low_ptr, live3, EVEN), _load(low_ptr + 8, live3, EVEN), _load(high_ptr, live3, EVEN)
-        scales_ptr = (planes[2] + row * (NB * 4) + b * 4)[None, :, None] + v
-        scales = _load(tl.broadcast_to(scales_ptr, [4, N, 4]), live3, EVEN)
-        return low, low2, high, scales, _load(planes[3] + row * NB + b, live, EVEN)
+        return (_load((planes[0] + row * (NB * 36) + b * 36)[:, None] + 4 + i, live, EVEN),)
+    else:  # i = 16 * half + 8 * (row of 32, mod 2) + word of that row
+        low = _load((planes[0] + row * (NB * 32) + b * 32)[:, None] + i, live, EVEN)
+        high = _load((planes[1] + row * (NB * 16) + b * 16)[:, None] + i // 16 * 8 + i % 8, live, EVEN)
+        scales = _load((planes[2] + row * (NB * 4) + b * 4)[:, None] + i % 4, live, EVEN)
+        return low, high, scales, _load((planes[3] + row * NB + b)[:, None], live, EVEN)
 
 
 @triton.jit
@@ -225,12 +191,23 @@ def _load(ptr, live, EVEN: tl.constexpr):
 
 
 @triton.jit
+def _lanes(x):
+    """[M, 32] words as [M, 8, 4]."""
+    return tl.reshape(x, [x.shape[0], 8, 4])
+
+
+@triton.jit
+def _word(x, which):
+    """Of each lane's four words [N, 8, 4] the one that `which` says, a number or [1, 8, 1]: [N, 8]."""
+    return tl.sum(tl.where(tl.arange(0, 4)[None, None, :] == which, x, 0), axis=2)
+
+
+@triton.jit
 def _load_head(planes, row, live, b: tl.constexpr, NB: tl.constexpr, EVEN: tl.constexpr):
-    """The first four words of Q4_K blocks, [8, N, 4]. `load_block` has fetched their lines; in flight they would
+    """The first four words of Q4_K blocks, in every lane. `load_block` has fetched their lines; in flight they would
     take as many registers as the codes."""
-    N: tl.constexpr = row.shape[0]
-    ptr = (planes[0] + row * (NB * 36) + b * 36)[None, :, None] + tl.arange(0, 4)[None, None, :]
-    return _load(tl.broadcast_to(ptr, [8, N, 4]), live[None, :, None], EVEN)
+    i = tl.arange(0, 32)[None, :]
+    return _lanes(_load((planes[0] + row * (NB * 36) + b * 36)[:, None] + i % 4, live[:, None], EVEN))
 
 
 @triton.jit
@@ -240,40 +217,37 @@ def block_product(
 ):  # fmt: skip
     """P of block `b`: xd * (d*S - dmin*T) for Q4_K, xd * (d*S) for Q6_K, of `load_block`'s tuple `w` and an operand.
 
-    It is [lanes, N], the same in every lane. `x_ptr` is [1] or [N]: one operand for all rows, or one for each."""
-    xd = tl.load((x_ptr + 68 * S * NB + b).to(tl.pointer_type(tl.float32), bitcast=True))[None, :]
+    It is [N, 8], the same in every lane. `x_ptr` is [1] or [N]: one operand for all rows, or one for each."""
+    xd = tl.load((x_ptr + 68 * S * NB + b).to(tl.pointer_type(tl.float32), bitcast=True))[:, None]
     if FORMAT == Q4_K:
         scales, mins, d, dmin = _unpack_q4_k(_load_head(planes, row, live, b, NB, EVEN))
-        s, t = _sums_q4_k(w[0], scales, mins, x_ptr, b, NB)
+        s, t = _sums_q4_k(_lanes(w[0]), scales, mins, x_ptr, b, NB)
         if S == 2:
-            s_lo, t_lo = _sums_q4_k(w[0], scales, mins, x_ptr + 68 * NB, b, NB)
+            s_lo, t_lo = _sums_q4_k(_lanes(w[0]), scales, mins, x_ptr + 68 * NB, b, NB)
             s = 128.0 * s + s_lo
             t = 128.0 * t + t_lo
-        return xd * (d * s[None, :] - dmin * t)
+        return xd * (d * s[:, None] - dmin * t)
     else:
-        scales = tl.sum(tl.where(tl.arange(0, 4)[:, None, None] == tl.arange(0, 4)[None, None, :], w[3], 0), axis=2)
+        u = tl.arange(0, 8)[None, :]
+        scales = _word(
+            _lanes(w[2]), (u // 4 * 2 + u % 2)[:, :, None]
+        )  # of the lane's row of 32 at byte u//2%2, and two rows on
         s = _sum_q6_k(w, scales, x_ptr, b, NB)
         if S == 2:
             s = 128.0 * s + _sum_q6_k(w, scales, x_ptr + 68 * NB, b, NB)
-        return tl.broadcast_to(xd * (w[4].to(tl.float32) * s)[None, :], scales.shape)
+        return tl.broadcast_to(xd * (w[3].to(tl.float32) * s[:, None]), scales.shape)
 
 
 @triton.jit
 def of_lanes(y):
-    """[N] of f32 [lanes, N] that are the same in every lane."""
-    return from_bits(tl.max(bits_of(y), axis=0))
+    """[N] of f32 [N, 8] that are the same in every lane."""
+    return from_bits(tl.max(bits_of(y), axis=1))
 
 
 @triton.jit
 def _half(word):
     """The f16 in the low half of i32 `word`, as f32."""
     return word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-
-
-@triton.jit
-def _word(head, i: tl.constexpr):
-    """Word `i` of every four."""
-    return tl.sum(tl.where(tl.arange(0, 4)[None, None, :] == i, head, 0), axis=2)
 
 
 @triton.jit
@@ -287,15 +261,18 @@ def _unpack_q4_k(head):
 
 @triton.jit
 def _sums_q4_k(words, scales, mins, x_ptr, b: tl.constexpr, NB: tl.constexpr):
-    """f32 of the exact sums over one block and slice: of sc*q*x, [N], and of mn*x, [8, N], the same in every lane."""
-    u = tl.arange(0, 8)  # lane u holds bytes 16u..16u+15: sub-blocks u//2*2 in the low nibbles, the next in the high
-    at = x_ptr[None, :, None] + b * 64 + (u // 2 * 16 + u % 2 * 4)[:, None, None] + tl.arange(0, 4)[None, None, :]
-    low = tl.sum(dp4a(words & _NIBBLES, tl.load(at), 0), axis=2)
-    high = tl.sum(dp4a((words >> 4) & _NIBBLES, tl.load(at + 8), 0), axis=2)
-    pair = tl.where((u < 4)[:, None], scales[0], scales[1]) >> (u // 2 % 2 * 16)[:, None]
-    s = tl.sum((pair & 255) * low + ((pair >> 8) & 255) * high, axis=0)
+    """f32 of the exact sums over one block and slice: of sc*q*x, [N], and of mn*x, [N, 8], the same in every lane."""
+    i = tl.arange(0, 32)[
+        None, :
+    ]  # lane u holds bytes 16u..16u+15: sub-blocks u//2*2 in the low nibbles, the next above
+    at = x_ptr[:, None] + b * 64 + i // 8 * 16 + i % 8
+    low = tl.sum(dp4a(words & _NIBBLES, _lanes(tl.load(at)), 0), axis=2)
+    high = tl.sum(dp4a((words >> 4) & _NIBBLES, _lanes(tl.load(at + 8)), 0), axis=2)
+    u = tl.arange(0, 8)[None, :]
+    pair = tl.where(u < 4, scales[0], scales[1]) >> (u // 2 % 2 * 16)
+    s = tl.sum((pair & 255) * low + ((pair >> 8) & 255) * high, axis=1)
     sums = (x_ptr + 64 * NB + b * 4).to(tl.pointer_type(tl.int64), bitcast=True)
-    first, last = tl.load(sums)[None, :], tl.load(sums + 1)[None, :]
+    first, last = tl.load(sums)[:, None], tl.load(sums + 1)[:, None]
     t = dp2a((first >> 32).to(tl.int32), mins[0], dp2a(first.to(tl.int32), mins[0], 0, 0), 1)
     t = dp2a((last >> 32).to(tl.int32), mins[1], dp2a(last.to(tl.int32), mins[1], t, 0), 1)
     return s.to(tl.float32), t.to(tl.float32)
@@ -303,19 +280,19 @@ def _sums_q4_k(words, scales, mins, x_ptr, b: tl.constexpr, NB: tl.constexpr):
 
 @triton.jit
 def _sum_q6_k(w, scales, x_ptr, b: tl.constexpr, NB: tl.constexpr):
-    """f32 of the exact sum of sc*(q-32)*x over one block and slice, [N]; `scales` [4, N] are each lane's four."""
-    low, low2, high = w[0], w[1], w[2]
-    lane = tl.arange(0, 4)  # half lane//2 of the block; 16 weights in each of its four rows of 32
-    at = x_ptr[None, :, None] + b * 64 + (lane // 2 * 32 + lane % 2 * 4)[:, None, None] + tl.arange(0, 4)[None, None, :]
-    s = _scaled(low << 2, high << 6, at, scales, 0)
-    s += _scaled(low2 << 2, high << 4, at, scales, 1)
-    s += _scaled(low >> 2, high << 2, at, scales, 2)
-    s += _scaled(low2 >> 2, high, at, scales, 3)
-    return (tl.sum(s, axis=0) >> 2).to(tl.float32)
+    """f32 of the exact sum of sc*(q-32)*x over one block and slice, [N]; `scales` [N, 8] hold each lane's."""
+    low, high = _lanes(w[0]), _lanes(w[1])
+    i = tl.arange(0, 32)[None, :]
+    at = x_ptr[:, None] + b * 64 + i // 16 * 32 + i % 16
+    u = tl.arange(0, 8)[None, :]
+    up = u // 2 % 2 * 2  # the lane's row of 32 lies this many bits further up in `high`
+    s = _scaled(low << 2, high << (6 - up)[:, :, None], tl.load(at), scales << (24 - up * 4))
+    s += _scaled(low >> 2, high << (2 - up)[:, :, None], tl.load(at + 16), scales << (8 - up * 4))
+    return (tl.sum(s, axis=1) >> 2).to(tl.float32)
 
 
 @triton.jit
-def _scaled(low, high, at, scales, k: tl.constexpr):
-    """4 * sc * sum((q-32)*x) of each lane's sub-block in row `k`, [4, N]."""
-    dot = tl.sum(dp4a((low & _CODES_UP) | (high & _TOP_PAIRS), tl.load(at + 8 * k), 0), axis=2)
-    return ((scales << (24 - 8 * k)) >> 24) * dot
+def _scaled(low, high, x, scales):
+    """4 * sc * sum((q-32)*x) of each lane's sub-block, [N, 8]; sc is the top byte of `scales`."""
+    dot = tl.sum(dp4a((low & _CODES_UP) | (high & _TOP_PAIRS), _lanes(x), 0), axis=2)
+    return (scales >> 24) * dot

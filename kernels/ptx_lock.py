@@ -90,8 +90,8 @@ def differences(locked: Lock, found: Lock) -> list[str]:
 
 def _entries(entries: Iterable[Mapping[str, Any]]) -> str:
     return ", ".join(
-        f"{e['ptx'][:12]} {e['instructions']} instructions, {e['barriers']} barriers, {e['warps']} warps of {e['registers']} registers, "
-        f"{e['stack']} B stack, {e['shared']} B shared"
+        f"{e['ptx'][:12]} {e['instructions']} instructions, {e['barriers']} barriers, {e['warps']} warps of "
+        f"{e['registers']} registers, {e['stack']} B stack, {e['shared']} B shared"
         for e in entries
     )
 
