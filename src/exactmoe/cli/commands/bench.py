@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -11,6 +11,7 @@ from exactmoe.cli import options, progress
 from exactmoe.kernels.errors import InvalidInput, require
 
 if TYPE_CHECKING:
+    from exactmoe.bench.peers.rows import Asked, PeerRow
     from exactmoe.bench.run import Row, Run
 
 HELP = "time kernels at the shapes of Qwen3-30B-A3B, or a whole model, on a CUDA device, after judging their bits"
@@ -25,6 +26,8 @@ EXAMPLES = """examples:
   exactmoe bench --model big.gguf --record
   exactmoe bench --model big.gguf decode-4096 prefill-512
   exactmoe bench --model big.gguf --context 4096 --trace step.json
+  exactmoe bench moe-layer-1 --peer torch-grouped-mm --peer transformers
+  exactmoe bench --model big.gguf decode-0 --peer llama.cpp build/bin/llama-bench
   exactmoe bench --history bench/results/nvidia-h100-80gb-hbm3.jsonl --markdown
   exactmoe bench --readme README.md
 
@@ -35,6 +38,10 @@ reference's for a kernel, gets no number.
 With --model the rows are decode steps after 0, 4,096 and 32,768 positions, prompts of 512 to 4,096 tokens, loading, and
 memory. Steps and prompts are judged by each other. A row that the model or the device is too small for is not run, and
 refused where it was asked for.
+
+With --peer other software does the same work in the same run: torch and transformers the MoE layer in bf16,
+transformers and llama.cpp the decoding of the --model. It has other numbers, so a layer is judged by closeness; what is
+not installed is named as absent, and nothing needs it.
 
 With --compare the verdict is on pairs of times, this tree's over REF's: faster, slower, or the same within an interval.
 With --trials and REF the tree itself, every faster or slower is a false alarm.
@@ -80,6 +87,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="as --context (default: 0), and write a profile of some steps to FILE",
     )
+    parser.add_argument(
+        "--peer", nargs="+", action="append", default=[], metavar=("NAME", "PATH"),
+        help="time this software too: torch-grouped-mm, transformers, or llama.cpp with the path of its llama-bench",
+    )  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="write the result as JSON too; - is stdout")
 
 
@@ -92,6 +103,8 @@ def run(args: argparse.Namespace) -> int:
         options.require_writable(args.json)
     of_compare = args.trials is None and args.plant is None
     require(args.compare is not None or of_compare, "--trials and --plant are of a --compare")
+    require(not (args.peer and args.compare), "--peer is beside a run of this tree, not of a --compare")
+    asked = _asked(args)
     if args.model is not None:
         return _whole(args)
     require(args.trace is None and args.context is None, "--trace and --context are of the decode step of a --model")
@@ -112,7 +125,12 @@ def run(args: argparse.Namespace) -> int:
     stream = sys.stderr if args.json == "-" else sys.stdout
     print(_HEAD, file=stream)
     found = run_benches(chosen, device, args.activations, lambda row: print(_line(row), file=stream, flush=True))
-    return _finish(args, found, stream)
+    peers = []
+    if asked:
+        from exactmoe.bench.peers.run import layer_peers
+
+        peers = _told(layer_peers(asked, device), stream)
+    return _finish(args, found, stream, peers)
 
 
 def _write_json(path: str | None, found: object) -> None:
@@ -187,7 +205,13 @@ def _whole(args: argparse.Namespace) -> int:
         found, model = run_wholes(
             chosen, file, device, args.activations, lambda row: print(_line(row), file=stream, flush=True), tell
         )
-    status = _finish(args, found, stream)
+    peers = []
+    if asked := _asked(args):
+        from exactmoe.bench.peers.run import model_peers
+
+        contexts = [row.tokens for row in chosen if row.kind == "decode"]
+        peers = _told(model_peers(asked, Path(args.model), config, device, contexts), stream)
+    status = _finish(args, found, stream, peers)
     if args.trace is not None and status == 0:
         trace = trace_step(model, args.context or 0, args.trace)
         for kernel in summary(trace):
@@ -204,15 +228,37 @@ def _known(names: list[str], table: Mapping[str, object]) -> list[str]:
     return names or list(table)
 
 
-def _finish(args: argparse.Namespace, found: "Run", stream: TextIO) -> int:
+def _asked(args: argparse.Namespace) -> "list[Asked]":
+    """The peers that are wanted, before anything is allocated for them."""
+    if not args.peer:
+        return []
+    from exactmoe.bench.peers.rows import parse
+
+    return parse(args.peer, args.model is not None)
+
+
+def _told(rows: "Iterable[PeerRow]", stream: TextIO) -> "list[PeerRow]":
+    """The rows, each printed as it comes."""
+    told = []
+    for row in rows:
+        told.append(row)
+        print(row, file=stream, flush=True)
+    return told
+
+
+def _finish(args: argparse.Namespace, found: "Run", stream: TextIO, peers: "Sequence[PeerRow]") -> int:
     """Say what the roofs were, write what was asked for; 0 if all rows are right, else 1."""
     print(f"roofs: copy {found.copy_gb_s:.0f} GB/s, fp16 matmul {found.matmul_tflop_s:.0f} TFLOP/s", file=stream)
-    _write_json(args.json, found.to_dict())
+    _write_json(args.json, found.to_dict() | ({"peers": [row.to_dict() for row in peers]} if peers else {}))
     if args.record:
         from exactmoe.bench.history import FOLDER
         from exactmoe.bench.run import append
 
         print(f"recorded in {append(found, FOLDER)}", file=stream)
+    if peers:
+        from exactmoe.bench.peers.run import require_some
+
+        require_some(peers)
     return 0 if all(row.equal for row in found.rows) else 1
 
 

@@ -1,0 +1,88 @@
+"""What other software takes for the same work, beside our rows: never our bits, so judged by closeness.
+
+A peer is asked for by name. One that is not installed, or not as it is known here, is absent, with the reason; one
+whose numbers are far from the layer's is wrong, and gets no time."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from exactmoe.bench.clock import Times
+from exactmoe.kernels.errors import InvalidInput, require
+
+PEERS = ("torch-grouped-mm", "transformers", "llama.cpp")
+NEAR = 0.02  # of the norm: bf16 keeps 8 bits, and rounds four times on the way
+
+
+class Absent(Exception):
+    """Why a peer cannot be timed here."""
+
+
+class Asked(NamedTuple):
+    """A peer that the user named."""
+
+    peer: str
+    program: Path | None = None  # of llama.cpp: llama-bench
+
+
+@dataclass(frozen=True)
+class PeerRow:
+    """What one peer gave for one piece of work."""
+
+    peer: str
+    name: str  # of the work; empty where the peer is absent as a whole
+    computes: str = ""  # in which numbers
+    cold: Times | None = None  # us a call, or a token
+    gb_s: float | None = None  # of the peer's own weights
+    version: str = ""
+    absent: str = ""  # why there is nothing
+    error: float | None = None  # relative distance from the layer in f64; None where nothing was compared
+
+    @property
+    def wrong(self) -> bool:
+        """Compared, and not close."""
+        return self.error is not None and not self.error <= NEAR
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {key: value for key, value in asdict(self).items() if value not in (None, "")}
+
+    def __str__(self) -> str:
+        what = f"{self.peer} {self.name}".strip()
+        if self.absent:
+            return f"{what:36} absent: {self.absent}"
+        if self.wrong or self.cold is None:
+            return f"{what:36} WRONG: {self.error:.1%} from the layer in f64, so it has no time"
+        times = f"{self.cold.median:10.2f} {self.cold.p10:9.2f} {self.cold.p90:9.2f}"
+        rate = f" {self.gb_s:7.0f} GB/s" if self.gb_s else ""
+        return f"{what:36} {times} us{rate}  {self.computes}, {self.version}, not our bits"
+
+
+def parse(asked: Iterable[Sequence[str]], whole_model: bool) -> list[Asked]:
+    """What `--peer` was given. Raises InvalidInput for a peer unknown, out of place, or without its program."""
+    found = []
+    for name, *rest in asked:
+        if name not in PEERS:
+            raise InvalidInput(f"no peer is named {name}; there are {', '.join(PEERS)}")
+        if name == "llama.cpp":
+            require(len(rest) == 1, "--peer llama.cpp takes the path of its llama-bench")
+            require(whole_model, "llama.cpp runs whole models: it is a peer of a --model")
+            program = Path(rest[0])
+            require(program.is_file() and program.stat().st_mode & 0o111 != 0, f"{program}: is no program")
+            found.append(Asked(name, program))
+        else:
+            require(not rest, f"--peer {name} takes nothing more, got {' '.join(rest)}")
+            require(
+                name != "torch-grouped-mm" or not whole_model, "torch-grouped-mm is a layer: it is no peer of a --model"
+            )
+            found.append(Asked(name))
+    return found
+
+
+def collect(peer: str, rows: Callable[[], Iterable[PeerRow]]) -> list[PeerRow]:
+    """A peer's rows, or the one that says why it is absent."""
+    try:
+        return list(rows())
+    except Absent as error:
+        return [PeerRow(peer, "", absent=str(error))]

@@ -1,0 +1,45 @@
+"""Time the peers that were asked for, on a CUDA device."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from exactmoe.bench.peers.rows import Asked, PeerRow, collect
+from exactmoe.kernels.errors import MissingEnvironment
+
+if TYPE_CHECKING:
+    from exactmoe.model.config import Config
+
+
+def layer_peers(asked: Sequence[Asked], device: torch.device) -> Iterator[PeerRow]:
+    """The MoE layer of each peer."""
+    from exactmoe.bench.peers import hf_transformers, torch_grouped_mm
+
+    sources = {"torch-grouped-mm": torch_grouped_mm.rows, "transformers": hf_transformers.layer_rows}
+    for peer in asked:
+        yield from collect(peer.peer, lambda peer=peer: sources[peer.peer](device))  # type: ignore[misc]
+
+
+def model_peers(
+    asked: Sequence[Asked], path: Path, config: "Config", device: torch.device, contexts: Sequence[int]
+) -> Iterator[PeerRow]:
+    """Decoding of the file by each peer, after each context."""
+    from exactmoe.bench.peers import hf_transformers, llama_cpp
+
+    for peer in asked:
+        for context in contexts:
+            if peer.program is not None:
+                yield from collect(peer.peer, lambda p=peer.program, c=context: llama_cpp.rows(p, path, c))  # type: ignore[misc]
+            else:
+                yield from collect(
+                    peer.peer,
+                    lambda c=context: hf_transformers.model_rows(path, config, device, c),  # type: ignore[misc]
+                )
+
+
+def require_some(rows: Sequence[PeerRow]) -> None:
+    """Raise MissingEnvironment where every peer that was asked for is absent: nothing was compared."""
+    if rows and all(row.absent for row in rows):
+        raise MissingEnvironment("none of the peers that were asked for is here: nothing was compared with")
