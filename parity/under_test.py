@@ -97,7 +97,8 @@ def named(value: Any, names: Sequence[str]) -> dict[str, Array]:
     if isinstance(value, Mapping):
         items = list(value.items())
     elif hasattr(value, "_asdict"):
-        items = list(value._asdict().items())
+        # None is an output that this shape does not have; where the reference has it, it is missing.
+        items = [(name, part) for name, part in value._asdict().items() if part is not None]
     elif isinstance(value, tuple | list):
         if len(value) != len(names):
             raise AssertionError(f"{len(value)} outputs where the reference has {len(names)}: {', '.join(names)}")

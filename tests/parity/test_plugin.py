@@ -254,6 +254,7 @@ def test_an_output_may_be_a_mapping_a_named_tuple_or_a_sequence_of_arrays_or_ten
         (lambda parts: {"weight": parts[0]}, "expert: missing on the right"),
         (lambda parts: {"weight": parts[0], "expert": parts[1], "more": parts[1]}, "more: missing on the left"),
         (lambda parts: parts[0], "weight: missing on the right"),
+        (lambda parts: Routing(torch.from_numpy(parts[0]), None), "expert: missing on the right"),
         (lambda parts: [parts[0], parts[1].astype(np.int64)], r"expert: int32 \[7, 8\] != int64 \[7, 8\]"),
         (lambda parts: [parts[0], parts[1][:0]], r"expert: int32 \[7, 8\] != int32 \[0, 8\]"),
         (lambda parts: [parts[0], 7], "an output must be a tensor or an array, got int"),
