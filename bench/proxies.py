@@ -38,6 +38,7 @@ from exactmoe.model.weights import Model
 PATH = Path(__file__).with_name("proxies.lock.json")
 LIKE = "qwen3-coder-30b-a3b"
 _CHOSEN = ("_experts_up_kernel", "_experts_down_kernel")
+POSITIONS = 256  # of the cache: more than one tile of keys
 _AT_A_POSITION = ("_decode_scores_kernel", "_decode_values_kernel")
 
 
@@ -61,7 +62,7 @@ def count_step(profile: str = "q8_k") -> Step:
         raise MissingEnvironment("TRITON_INTERPRET=1 is set: production launches other tiles there; unset it to count")
     config = LIKES[LIKE].config
     model = _model(config, profile)
-    decoder = Decoder(model, KVCache.allocate(model, 16))
+    decoder = Decoder(model, KVCache.allocate(model, POSITIONS))
     launches: Counter[str] = Counter()
     read: Counter[str] = Counter()
 
@@ -73,7 +74,7 @@ def count_step(profile: str = "q8_k") -> Step:
         read[self.__name__] += _bytes(self.__name__, list(distinct.values()), config)
 
     with _replaced(run):
-        decoder._run()  # noqa: SLF001 - what a GPU replays as a graph
+        decoder._run(POSITIONS)  # noqa: SLF001 - what a GPU replays as a graph
     outside = sum(launches.values()) - config.n_layers * (sum(launches.values()) // config.n_layers)
     return Step(
         dict(sorted(launches.items())), (sum(launches.values()) - outside) / config.n_layers,
@@ -90,8 +91,8 @@ def _bytes(kernel: str, tensors: list[torch.Tensor], config: Config) -> int:
             size = size // config.n_experts * config.n_active
         elif kernel == "_embed_kernel" and size > 2**20:
             size //= config.vocab
-        elif kernel in _AT_A_POSITION and tensor.ndim > 1 and tensor.shape[0] == 16:
-            size //= 16  # one position of the cache and of the rope table
+        elif kernel in _AT_A_POSITION and tensor.ndim > 1 and tensor.shape[0] == POSITIONS:
+            size //= POSITIONS  # one position of the cache and of the rope table
         total += size
     return total
 

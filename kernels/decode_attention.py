@@ -2,7 +2,7 @@
 Promised order: as qk_norm_rope, append, attend and quantize, one after another.
 
 A program takes every PARTS-th tile of keys of one kv head, for all its query heads. Probabilities need the largest
-score of all keys, so there are two launches: scores, then weighted values. A context of one tile is done in the first.
+score of all keys, so there are two launches: scores, then weighted values. One tile needs only one.
 
 Dots run on tensor cores, on slices. A key is its two bytes, 256h + l + 128 with l from -128 to 127, a query 128h + l,
 all as int8. A value is its bytes too, with h within 32, but as f16 that carry integers, as do the slices of a weight,
@@ -68,11 +68,13 @@ def decode_attention(
     position: Tensor,
     profile: str,
     later: Sequence[Tensor] = (),
+    most: int | None = None,
 ) -> Attended:
     """Outputs [H*C] of the token at `position` [1] i32, on the device, whose key and value are appended to `kv`.
 
     `qkv` holds the projections of H query heads, then G keys, then G values. The caller has checked that the position
-    lies in the cache. `later` is fetched ahead. Bit-equal to parity.reference.decode_attention.decode_attention."""
+    lies in the cache, and below `most` if that is given: where one tile holds so many, one launch does it. `later` is
+    fetched ahead. Bit-equal to parity.reference.decode_attention.decode_attention."""
     P, G, C = kv.k.shape
     require_f32(qkv, "qkv", None)
     heads = qkv.shape[0] // C - 2 * G
@@ -85,8 +87,9 @@ def decode_attention(
     require(P <= _MAX_KEYS, f"attention is exact up to {_MAX_KEYS} keys, the cache has {P}")
     require(rope.cos.shape[0] >= P and rope.cos.shape[1] * 2 == C, "the rope table does not fit the cache")
     require(position.dtype == torch.int32 and position.numel() == 1, "position must be one i32")
-    C2 = max(32, triton.next_power_of_2(C))
+    C2 = _padded(C)
     tile = tiles.decode_attention(P, G, C2)
+    one = (P if most is None else most) <= tile.keys
     per = heads // G
     sizes = {
         "H": heads, "G": G, "C": C, "C2": C2, "R": max(8, triton.next_power_of_2(per)),
@@ -97,24 +100,38 @@ def decode_attention(
         torch.empty(operand_words(heads * C, slices(profile)), dtype=torch.int32, device=qkv.device)
         if sizes["S"] else None,
     )  # fmt: skip
-    scores = torch.empty(heads, P, dtype=torch.float32, device=qkv.device)
-    tops = torch.empty(heads + G, tile.parts, dtype=torch.float32, device=qkv.device)
-    sums = torch.empty(heads * C + heads, dtype=torch.int64, device=qkv.device)
-    arrived = torch.empty(G, dtype=torch.int32, device=qkv.device)
+    scores = tops = sums = arrived = None
+    if not one:
+        scores = torch.empty(heads, P, dtype=torch.float32, device=qkv.device)
+        tops = torch.empty(heads + G, tile.parts, dtype=torch.float32, device=qkv.device)
+        sums = torch.empty(heads * C + heads, dtype=torch.int64, device=qkv.device)
+        arrived = torch.empty(G, dtype=torch.int32, device=qkv.device)
     queries = torch.empty(G, tile.parts, 2 * sizes["R"], C2, dtype=torch.int8, device=qkv.device)
     ahead = spans(later)
     _decode_scores_kernel[(G, tile.parts)](
         qkv, q_norm.weight, k_norm.weight, q_norm.eps, *rope, position, *kv,
         queries, scores, tops, sums, arrived, *out, *ahead[:2], P,
-        **sizes, LATER=ahead[2], LATER2=ahead[3], WARPS=tile.warps,
+        **sizes, ONE=one, LATER=ahead[2], LATER2=ahead[3], WARPS=tile.warps,
         num_warps=tile.warps, num_stages=1, **DEPENDENT, **FAITHFUL,
     )  # fmt: skip
-    _decode_values_kernel[(G, tile.parts)](
-        position, kv.v, kv.v_scale, scores, tops, sums, arrived, *out, P,
-        **sizes, PARTS2=triton.next_power_of_2(tile.parts),
-        num_warps=tile.warps, num_stages=1, **DEPENDENT, **FAITHFUL,
-    )  # fmt: skip
+    if not one:
+        _decode_values_kernel[(G, tile.parts)](
+            position, kv.v, kv.v_scale, scores, tops, sums, arrived, *out, P,
+            **sizes, PARTS2=triton.next_power_of_2(tile.parts),
+            num_warps=tile.warps, num_stages=1, **DEPENDENT, **FAITHFUL,
+        )  # fmt: skip
     return out
+
+
+def _padded(width: int) -> int:
+    """Columns of a tile of heads; a dot of int8 takes at least 32."""
+    return max(32, int(triton.next_power_of_2(width)))
+
+
+def keys_of_one_launch(kv: KVLayer) -> int:
+    """Positions that a single launch can attend to."""
+    P, G, C = kv.k.shape
+    return tiles.decode_attention(P, G, _padded(C)).keys
 
 
 @triton.jit(do_not_specialize=["P"])
@@ -122,7 +139,7 @@ def _decode_scores_kernel(
     qkv_ptr, q_norm_ptr, k_norm_ptr, eps, cos_ptr, sin_ptr, position_ptr, k_ptr, ks_ptr, v_ptr, vs_ptr,
     queries_ptr, scores_ptr, tops_ptr, sums_ptr, arrived_ptr, out_ptr, operand_ptr, later_ptr, later2_ptr, P,
     H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, C2: tl.constexpr, R: tl.constexpr,
-    BK: tl.constexpr, PARTS: tl.constexpr, S: tl.constexpr,
+    BK: tl.constexpr, PARTS: tl.constexpr, S: tl.constexpr, ONE: tl.constexpr,
     LATER: tl.constexpr, LATER2: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     PER: tl.constexpr = H // G
@@ -133,7 +150,9 @@ def _decode_scores_kernel(
     row = (r < PER)[:, None] & (c < C)[None, :]
     # The step before this one wrote them, so there is nothing to wait for; the new key and value come later.
     position = tl.load(position_ptr)
-    count = position // BK + 1  # tiles of keys
+    count = 1  # tiles of keys
+    if not ONE:
+        count = position // BK + 1
     s = part * BK + tl.arange(0, BK)
     k, ks, vs = _load_keys(k_ptr, ks_ptr, vs_ptr, s, s < position, (0, 0.0, 0.0), g, G, C, C2)
     head = g * PER + r
@@ -171,43 +190,45 @@ def _decode_scores_kernel(
         tl.debug_barrier()
         # Through memory, where the new key is too: then each comes back in the layout that its use wants.
         q_slices = tl.load(rows_ptr + tl.arange(0, 2 * R)[:, None] * C2 + c[None, :])
-        v = _load_tile(v_ptr, s, (s <= position) & (count == 1), 0, g, G, C, C2)
-        top = tl.full([R], float("-inf"), tl.float32)
-        wide = tl.zeros([BK], tl.float32)
-        score = tl.zeros([R, BK], tl.float32)
-        for tile in range(part, count, PARTS):
-            s = tile * BK + tl.arange(0, BK)
+        if ONE:
             k, ks, vs = _load_keys(k_ptr, ks_ptr, vs_ptr, s, s == position, (k, ks, vs), g, G, C, C2)
-            score = (_dots(q_slices, q_sum, k).to(tl.float32) * factor[:, None]) * ks[None, :]
-            seen = (r < PER)[:, None] & (s <= position)[None, :]
-            far = magnitude(vs) >= INF_BITS
-            strange = (magnitude(score) >= INF_BITS) | far[None, :]
-            # Scores are finite, so infinity marks a row that has one which is not.
-            marked = tl.where(seen, tl.where(strange, float("inf"), score), float("-inf"))
-            top = tl.maximum(top, tl.max(marked, axis=1))
-            wide = tl.maximum(wide, tl.where((s <= position) & (far == 0), vs, 0.0))
-            if count > 1:
-                score_at = (g * PER + r)[:, None].to(tl.int64) * P + s[None, :]
-                tl.store(scores_ptr + score_at, score, seen)
-            s += PARTS * BK
-            k, ks, vs = _load_keys(k_ptr, ks_ptr, vs_ptr, s, s < position, (0, 0.0, 0.0), g, G, C, C2)
-
-        if count > 1:
-            tl.store(tops_ptr + (g * PER + r) * PARTS + part, top, r < PER)
+            v = _load_tile(v_ptr, s, s <= position, 0, g, G, C, C2)
+            score, marked, wide = _scores(q_slices, q_sum, factor, k, ks, vs, s, position, PER)
+            top, w = tl.max(marked, axis=1), tl.max(wide)
+            bad = top == float("inf")
+            seen = (r < PER)[:, None] & (s <= position)[None, :] & (bad == 0)[:, None]
+            den, num = _weighted(score, seen, tl.where(bad, 0.0, top), vs, w, v)
+            _store(_quotient(num, den.to(tl.int64), bad, w), out_ptr, operand_ptr, g, H, PER, C, S)
+        else:
+            top = tl.full([R], float("-inf"), tl.float32)
+            wide = tl.zeros([BK], tl.float32)
+            for tile in range(part, count, PARTS):
+                s = tile * BK + tl.arange(0, BK)
+                k, ks, vs = _load_keys(k_ptr, ks_ptr, vs_ptr, s, s == position, (k, ks, vs), g, G, C, C2)
+                score, marked, widths = _scores(q_slices, q_sum, factor, k, ks, vs, s, position, PER)
+                top, wide = tl.maximum(top, tl.max(marked, axis=1)), tl.maximum(wide, widths)
+                seen = (r < PER)[:, None] & (s <= position)[None, :]
+                tl.store(scores_ptr + head[:, None].to(tl.int64) * P + s[None, :], score, seen)
+                s += PARTS * BK
+                k, ks, vs = _load_keys(k_ptr, ks_ptr, vs_ptr, s, s < position, (0, 0.0, 0.0), g, G, C, C2)
+            tl.store(tops_ptr + head * PARTS + part, top, r < PER)
             tl.store(tops_ptr + (H + g) * PARTS + part, tl.max(wide))
             if part == 0:
-                zero = tl.zeros([R, C2], tl.int64)
-                tl.store(sums_ptr + (g * PER + r)[:, None] * C + c[None, :], zero, row)
-                tl.store(sums_ptr + H * C + g * PER + r, tl.zeros([R], tl.int64), r < PER)
+                tl.store(sums_ptr + head[:, None] * C + c[None, :], tl.zeros([R, C2], tl.int64), row)
+                tl.store(sums_ptr + H * C + head, tl.zeros([R], tl.int64), r < PER)
                 tl.store(arrived_ptr + g, 0)
-        else:
-            bad = top == float("inf")
-            s = tl.arange(0, BK)
-            w = tl.max(wide)
-            seen = (r < PER)[:, None] & (s <= position)[None, :] & (bad == 0)[:, None]
-            scales = tl.load(vs_ptr + s.to(tl.int64) * G + g, s <= position, 0.0)
-            den, num = _weighted(score, seen, tl.where(bad, 0.0, top), scales, w, v)
-            _store(_quotient(num, den.to(tl.int64), bad, w), out_ptr, operand_ptr, g, H, PER, C, S)
+
+
+@triton.jit
+def _scores(q_slices, q_sum, factor, k, ks, vs, s, position, PER: tl.constexpr):
+    """Scores [R, BK] of keys `s`; the same, but -inf where a key is not seen and inf where a number is not finite; the
+    values' scales [BK], 0 where they are not seen or not finite."""
+    score = (_dots(q_slices, q_sum, k).to(tl.float32) * factor[:, None]) * ks[None, :]
+    seen = (tl.arange(0, score.shape[0]) < PER)[:, None] & (s <= position)[None, :]
+    far = magnitude(vs) >= INF_BITS
+    strange = (magnitude(score) >= INF_BITS) | far[None, :]
+    marked = tl.where(seen, tl.where(strange, float("inf"), score), float("-inf"))
+    return score, marked, tl.where((s <= position) & (far == 0), vs, 0.0)
 
 
 @triton.jit
@@ -342,11 +363,11 @@ def _decode_values_kernel(
     position = tl.load(position_ptr)
     count = position // BK + 1
     s = part * BK + tl.arange(0, BK)
-    v = _load_tile(v_ptr, s, (s < position) & (count > 1), 0, g, G, C, C2)
+    v = _load_tile(v_ptr, s, s < position, 0, g, G, C, C2)
     finish_wait()
     release_next()
     active = tl.minimum(count, PARTS)
-    if (count > 1) & (part < active):
+    if part < active:
         i = tl.arange(0, PARTS2)
         tops = tl.load(
             tops_ptr + head[:, None] * PARTS + i[None, :], (r < PER)[:, None] & (i < active)[None, :], float("-inf")

@@ -508,6 +508,7 @@ def _decode_ops(
         yield partial(matvec, [packed("Q4_K", D, (H + G) * C), packed("Q6_K", D, G * C)], f32(D), profile, norm)
         read = f32((H + 2 * G) * C), head_norm, head_norm, rope, kv, one, profile, later
         yield partial(decode_attention, *read)
+        yield partial(decode_attention, *read, 128)
         for x in (f32(H * C), torch.empty(operand_words(H * C, slices(profile)), dtype=torch.int32)):
             yield partial(matvec, [dense], x, profile, None, f32(D))
         yield partial(matvec, [packed("Q6_K", D, 37 * V)], f32(D), profile, norm)

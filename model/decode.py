@@ -1,6 +1,7 @@
-"""The decode step of production: one token of one sequence, seven launches a layer, on a GPU one CUDA graph.
+"""The decode step of production: one token of one sequence, on a GPU one CUDA graph.
 
-Token and position live on the device: a step chooses the next token and moves on by itself."""
+A layer is six launches while attention has one tile of keys, and seven beyond, so there are two graphs at most. Token
+and position live on the device: a step chooses the next token and moves on by itself."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from exactmoe.kernels.argmax import choose
-from exactmoe.kernels.decode_attention import decode_attention
+from exactmoe.kernels.decode_attention import decode_attention, keys_of_one_launch
 from exactmoe.kernels.decode_experts import experts_down, experts_up
 from exactmoe.kernels.decode_router import decode_router
 from exactmoe.kernels.embedding import embed
@@ -33,67 +34,67 @@ class Decoder:
         self._position = torch.zeros(1, dtype=torch.int32, device=model.device)
         self._at = 0  # what `_position` holds
         self.logits = torch.zeros(model.config.vocab, dtype=torch.float32, device=model.device)
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # and its logits, by the positions it serves
 
     def step(self, token: Tensor | None = None) -> None:
         """Run `token` [1] i32 on the device, or the one chosen last, after those in the cache, which grows by one."""
         cache = self._cache
         require(cache.length < cache.capacity, f"the cache is full: {cache.capacity} positions")
-        if self._graph is None and self._model.device.type == "cuda":
-            self._graph = self._capture()
+        most = min(keys_of_one_launch(cache.layer(0)), cache.capacity)
+        if cache.length >= most:
+            most = cache.capacity
+        if most not in self._graphs and self._model.device.type == "cuda":
+            self._graphs[most] = self._capture(most)
         if self._at != cache.length:
             self._position.fill_(cache.length)
         if token is not None:
             self.token.copy_(token)
-        if self._graph is not None:
-            self._graph.replay()
+        if most in self._graphs:
+            graph, self.logits = self._graphs[most]
+            graph.replay()
         else:
-            self._run()
+            self._run(most)
         cache.length += 1
         self._at = cache.length
 
-    def _run(self) -> None:
+    def _run(self, most: int) -> None:
+        """A step at a position below `most`."""
         model, weights = self._model, self._model.packed
         x = embed(model.embedding, self.token)[0]  # [D]
         for i, layer in enumerate(weights.layers):
             after = weights.layers[i + 1].qkv if i + 1 < len(weights.layers) else ()
-            x = self._layer(layer, i, x, [w.storage for w in after])
+            x = self._layer(layer, i, x, [w.storage for w in after], most)
         self.logits = matvec([weights.output], x, model.profile, weights.output_norm)
         choose(self.logits, self.token, self._position)
 
-    def _layer(self, layer: PackedLayer, i: int, x: Tensor, after: list[Tensor]) -> Tensor:
+    def _layer(self, layer: PackedLayer, i: int, x: Tensor, after: list[Tensor], most: int) -> Tensor:
         """Layer `i`; while its kernels leave the memory idle, what comes later is fetched, `after` it too."""
         model, cache = self._model, self._cache
         qkv = matvec(layer.qkv, x, model.profile, layer.attn_norm)
         later = (layer.attn_output.storage, layer.router.q)
         heads, operand = decode_attention(
-            qkv, layer.q_norm, layer.k_norm, cache.rope, cache.layer(i), self._position, model.profile, later
+            qkv, layer.q_norm, layer.k_norm, cache.rope, cache.layer(i), self._position, model.profile, later, most
         )
         x = matvec([layer.attn_output], heads if operand is None else operand, model.profile, residual=x)
         return moe_step(
-            x,
-            layer.ffn_norm,
-            layer.router,
-            layer.gate,
-            layer.up,
-            layer.down,
-            model.config.n_active,
-            model.profile,
-            after,
-        )
+            x, layer.ffn_norm, layer.router, layer.gate, layer.up, layer.down,
+            model.config.n_active, model.profile, after,
+        )  # fmt: skip
 
-    def _capture(self) -> torch.cuda.CUDAGraph:
-        """The step as a graph. Kernels are compiled by a run beforehand, whose every effect the first step repeats."""
+    def _capture(self, most: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        """The step at a position below `most` as a graph, and the logits that it makes.
+
+        Kernels are compiled by a run beforehand, whose every effect the first step repeats."""
         token = self.token.clone()
         self._position.fill_(self._cache.length)
-        self._run()
+        self._run(most)
         self.token.copy_(token)
         self._at = -1
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self._run()
-        return graph
+            self._run(most)
+        return graph, self.logits
 
 
 def moe_step(

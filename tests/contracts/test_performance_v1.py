@@ -80,13 +80,16 @@ def test_a_cache_holds_what_the_rule_says_of_a_position(small: Model) -> None:
     assert held(cache) == 7 * (c.n_layers * c.n_kv_heads * 2 * (2 * c.head_dim + 4) + 4 * c.head_dim)
 
 
-def test_a_decode_step_launches_seven_kernels_a_layer(small: Model) -> None:
-    decoder = decoder_of(small, KVCache.allocate(small, 3))
+@pytest.mark.parametrize(("most", "a_layer"), [(128, 6), (200, 7)])
+def test_a_decode_step_launches_six_kernels_a_layer_and_seven_beyond_one_tile_of_keys(
+    small: Model, most: int, a_layer: int
+) -> None:
+    decoder = decoder_of(small, KVCache.allocate(small, 200))
     launches: list[Launch] = []
     with recorded(launches):
-        decoder._run()  # what a GPU replays as a graph, in which single launches cannot be seen
+        decoder._run(most)  # what a GPU replays as a graph, in which single launches cannot be seen
     kernels = [launch.kernel for launch in launches]
-    outside = len(kernels) - 7 * small.config.n_layers
+    outside = len(kernels) - a_layer * small.config.n_layers
     assert kernels, "nothing was launched"
     assert 0 < outside <= 4, kernels
 

@@ -6,11 +6,15 @@ import pytest
 import torch
 
 from exactmoe.kernels.argmax import argmax, choose
+from exactmoe.kernels.decode_attention import decode_attention, keys_of_one_launch
+from exactmoe.kernels.kv_cache import KVLayer
 from exactmoe.kernels.matmul import matmul
 from exactmoe.kernels.matvec import matvec
 from exactmoe.kernels.packed import pack
 from exactmoe.kernels.quantize import quantize
-from exactmoe.parity.cases import Case, Matvec, tensors
+from exactmoe.kernels.rope import RopeTable
+from exactmoe.parity.cases import Case, DecodeAttention, Matvec, tensors
+from exactmoe.parity.neutrality import Launch, recorded
 
 
 @pytest.mark.cases("matvec", "decode_router", "experts_up", "experts_down", "decode_attention")
@@ -24,6 +28,24 @@ def test_one_token_by_bytes_equals_a_matmul_on_tensor_cores(fmt: str, profile: s
     case = Matvec(100, 1024, fmt, profile)
     (weight,), x, *_ = tensors(case.arguments(), device)
     assert matvec([pack(weight)], x, profile).equal(matmul(weight, quantize(x[None], profile))[0])
+
+
+@pytest.mark.parametrize("position", [0, 63, 127])
+def test_attention_in_one_launch_equals_attention_in_two(position: int, device: torch.device) -> None:
+    case = DecodeAttention(8, 2, 64, position, "q8_k")
+    qkv, q_norm, k_norm, rope, kv, at, profile = tensors(case.arguments(), device)
+    longer = KVLayer(*(torch.cat([part, part, *[part[:1]] * 128]) for part in kv))
+    rope = RopeTable(*(torch.cat([part, part, *[part[:1]] * 128]) for part in rope))
+    assert keys_of_one_launch(longer) == 128 < longer.k.shape[0]
+    again = KVLayer(*(part.clone() for part in longer))
+    launches: list[list[Launch]] = [[], []]
+    found = []
+    for cache, most, made in ((longer, None, launches[0]), (again, 128, launches[1])):
+        with recorded(made):
+            found.append(decode_attention(qkv, q_norm, k_norm, rope, cache, at, profile, (), most))
+    assert [len(made) for made in launches] == [2, 1]
+    for two, one in zip([*found[0], *longer], [*found[1], *again], strict=True):
+        assert two.cpu().numpy().tobytes() == one.cpu().numpy().tobytes()
 
 
 def test_packing_loses_no_bit_of_a_block(device: torch.device) -> None:

@@ -103,7 +103,7 @@ def test_a_step_whose_chain_is_another_is_refused(
 ) -> None:
     from exactmoe.model.decode import Decoder
 
-    monkeypatch.setattr(Decoder, "_layer", lambda _self, _layer, _i, x, _after: x)
+    monkeypatch.setattr(Decoder, "_layer", lambda _self, _layer, _i, x, _after, _most: x)
     with decode_sides(file, "q8_k", device, None) as (_, suspect), pytest.raises(InvalidInput, match="another one"):
         suspect.trace((), (1,), _All())
 
