@@ -42,7 +42,7 @@ CANDIDATES: dict[str, tuple[str, list[Any]]] = {
     "experts-up": ("experts_up", _matvec((8, 16, 32), (2, 4, 8), (0,), (2, 4, 8))),
     "experts-down-q4_k": ("experts_down", _matvec((8, 16, 32), (4, 8, 16), (0,), (1, 2, 3))),
     "experts-down-q6_k": ("experts_down", _matvec((8, 16, 32), (4, 8, 16), (0,), (1, 2, 3))),
-    "attention-128": ("decode_attention", [DecodeAttentionTile(128, 1, w) for w in (4, 8, 16)]),
+    "attention-64": ("decode_attention", [DecodeAttentionTile(k, 1, w) for k in (64, 128) for w in (4, 8, 16)]),
     "attention-4096": (
         "decode_attention",
         [DecodeAttentionTile(k, p, w) for k, p, w in product((32, 64, 128), (16, 32, 64), (4, 8)) if k * p <= 4096],

@@ -258,7 +258,7 @@ def _bytes(x):
     else:
         return tl.inline_asm_elementwise(
             "prmt.b32 $0, $2, $3, 0x7531; prmt.b32 $1, $2, $3, 0x6420; xor.b32 $1, $1, 0x80808080;",
-            "=r,=r,r,r", [x], dtype=(tl.int8, tl.int8), is_pure=True, pack=4,
+            "=&r,=r,r,r", [x], dtype=(tl.int8, tl.int8), is_pure=True, pack=4,
         )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """The forward pass as a library: what it refuses, and that no way of calling it changes a bit."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,20 @@ def test_tokens_from_the_device_and_from_a_list_give_the_same_bits_in_chunks_too
     for name in ("k", "k_scale", "v", "v_scale"):
         left, right = getattr(whole, name), getattr(chunked, name)
         assert_equal(name, left[:, : len(TOKENS)], right[:, : len(TOKENS)])
+
+
+@pytest.mark.parametrize("tokens", [128, 131, 260])
+def test_single_steps_across_tiles_of_keys_give_the_bits_of_one_piece(model: Model, tokens: int) -> None:
+    model = replace(model, config=replace(model.config, context_length=512))
+    ids = [(7 * i) % 500 for i in range(tokens)]
+    whole, stepped = KVCache.allocate(model, 300), KVCache.allocate(model, 300)
+    expected = forward(model, whole, ids)
+    prefill(model, stepped, ids[:-3])
+    for token in ids[-3:]:
+        found = forward(model, stepped, [token])
+    assert_equal("logits", expected, found)
+    for name in ("k", "k_scale", "v", "v_scale"):
+        assert_equal(name, getattr(whole, name)[:, :tokens], getattr(stepped, name)[:, :tokens])
 
 
 def test_the_traced_pass_emits_every_stage_once_and_changes_no_bit(model: Model) -> None:
