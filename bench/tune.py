@@ -29,14 +29,20 @@ from exactmoe.parity.bits import compare
 from exactmoe.parity.cases import kernel_output, reference_output
 
 
-def _matvec(rows: Sequence[int], warps: Sequence[int], programs: Sequence[int], ahead: Sequence[int]) -> list[Any]:
-    return [MatvecTile(*sizes) for sizes in product(rows, warps, programs, ahead)]
+def _matvec(
+    rows: Sequence[int],
+    warps: Sequence[int],
+    programs: Sequence[int],
+    ahead: Sequence[int],
+    parts: Sequence[int] = (1,),
+) -> list[Any]:
+    return [MatvecTile(*sizes) for sizes in product(rows, warps, programs, ahead, parts)]
 
 
 _ALL = 1 << 20  # programs: no loop
 CANDIDATES: dict[str, tuple[str, list[Any]]] = {
-    "qkv": ("matvec", _matvec((8, 16, 32), (2, 4, 8), (_ALL,), (4, 8))),
-    "attn-output": ("matvec", _matvec((8, 16, 32), (2, 4, 8), (_ALL,), (4, 8, 16))),
+    "qkv": ("matvec", _matvec((8, 16, 32), (4, 8), (_ALL,), (4, 8), (1, 2))),
+    "attn-output": ("matvec", _matvec((8, 16), (4, 8, 16), (_ALL,), (4, 8), (1, 2, 4))),
     "lm-head": ("matvec", _matvec((8, 16, 32), (2, 4), (264, 396, 528, 792), (2, 4, 8))),
     "router": ("decode_router", [(e, w) for e in (1, 2) for w in (2, 4, 8, 16)]),
     "experts-up": ("experts_up", _matvec((8, 16, 32), (2, 4, 8), (0,), (2, 4, 8))),

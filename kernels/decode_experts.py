@@ -17,7 +17,7 @@ from exactmoe.kernels.formats import BLOCK
 from exactmoe.kernels.launch import FAITHFUL
 from exactmoe.kernels.matvec import fetch, fold
 from exactmoe.kernels.numerics import swiglu_of
-from exactmoe.kernels.packed import Q4_K, PackedMatrix, operand_slices, operand_stride, store_operand
+from exactmoe.kernels.packed import Q4_K, PackedMatrix, operand_at, operand_slices, operand_stride, store_operand
 from exactmoe.kernels.prefetch import prefetch
 from exactmoe.kernels.router import scores, take_best, weight_of
 from exactmoe.kernels.tensors import require_f32, slices
@@ -101,19 +101,19 @@ def _experts_up_kernel(
         _, _, key = take_best(key)
     _, expert, _ = take_best(key)
     expert = tl.max(expert).to(tl.int64)
-    row = expert * F + n
-    operand = operand_ptr + tl.zeros([1], tl.int32)
+    start = (expert * F + n) * NB
+    operand = operand_at(operand_ptr + tl.zeros([1], tl.int32), 0, NB, S)
     gate = (words_ptr, high_ptr, scales_ptr, d_ptr)
     up = (words2_ptr, high2_ptr, scales2_ptr, d2_ptr)
-    fetched = fetch(gate, row, n < F, NB, FORMAT, EVEN, AHEAD)
-    fetched2 = fetch(up, row, n < F, NB, FORMAT2, EVEN, AHEAD)
+    fetched = fetch(gate, start, n < F, FORMAT, EVEN, AHEAD)
+    fetched2 = fetch(up, start, n < F, FORMAT2, EVEN, AHEAD)
     later = (later_ptr, later2_ptr, later3_ptr, later4_ptr)
     for plane in tl.static_range(4):
         if LATER[plane] > 0:
             byte_ptr = later[plane].to(tl.pointer_type(tl.int8), bitcast=True) + expert * LATER[plane]
             prefetch(byte_ptr, LATER[plane], tl.program_id(0) % tiles_each, tiles_each, 32 * WARPS)
-    g = fold(fetched, gate, row, n < F, operand, NB, FORMAT, S, EVEN, AHEAD)
-    u = fold(fetched2, up, row, n < F, operand, NB, FORMAT2, S, EVEN, AHEAD)
+    g = fold(fetched, gate, start, n < F, operand, NB, FORMAT, S, EVEN, AHEAD)
+    u = fold(fetched2, up, start, n < F, operand, NB, FORMAT2, S, EVEN, AHEAD)
     tl.store(h_ptr + k * F + n, swiglu_of(g, u), n < F)
 
 
@@ -139,9 +139,9 @@ def _experts_down_kernel(
         prob = tl.where(ranks == k, best, prob)
         total = total + best
     expert = expert.to(tl.int64)
-    row = tl.reshape(expert[:, None] * D + n[None, :], [A2 * BN])
+    start = tl.reshape(expert[:, None] * D + n[None, :], [A2 * BN]) * FB
     live = tl.reshape((ranks < A)[:, None] & (n < D)[None, :], [A2 * BN])
-    fetched = fetch(planes, row, live, FB, FORMAT, EVEN, AHEAD)
+    fetched = fetch(planes, start, live, FORMAT, EVEN, AHEAD)
     weight = weight_of(prob, bad, total, A)
     finish_wait()
     release_next()
@@ -154,7 +154,8 @@ def _experts_down_kernel(
     store_operand(h, k_of * WORDS, tl.where(real, b_of, FB), at_ptr, FB, S, FORMAT == Q4_K)
     tl.debug_barrier()
     of_row = tl.minimum(tl.arange(0, A2 * BN) // BN, A - 1) * WORDS
-    y = fold(fetched, planes, row, live, at_ptr + of_row, FB, FORMAT, S, EVEN, AHEAD)
+    operand = operand_at(at_ptr + of_row, 0, FB, S)
+    y = fold(fetched, planes, start, live, operand, FB, FORMAT, S, EVEN, AHEAD)
     y = weight[:, None] * tl.reshape(y, [A2, BN])
     # Through memory, and not from layout to layout: then a thread folds all ranks of a feature.
     y_at = (scratch_ptr + tl.program_id(0) * STRIDE + A * WORDS).to(tl.pointer_type(tl.float32), bitcast=True)

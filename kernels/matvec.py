@@ -24,6 +24,7 @@ from exactmoe.kernels.packed import (
     block_product,
     load_block,
     of_lanes,
+    operand_at,
     operand_slices,
     operand_stride,
     store_operand,
@@ -65,14 +66,17 @@ def matvec(
     tile = tiles.matvec(N, K // BLOCK)
     counts = [triton.cdiv(w.n, tile.rows) for w in weights]
     programs = min(sum(counts), tile.programs) if len(weights) == 1 else sum(counts)
-    words = operand_stride(K, slices(profile))
-    scratch = None if ready else torch.empty(programs, words, dtype=torch.int32, device=x.device)
+    looping = programs < sum(counts)
+    parts = tile.parts if K // BLOCK % tile.parts == 0 and not looping else 1
+    words = 0 if ready else operand_stride(K, slices(profile))
+    own = words + (tile.rows * (K // BLOCK) if parts > 1 else 0)
+    scratch = torch.empty(programs, own, dtype=torch.int32, device=x.device) if own else None
     _matvec_kernel[(programs,)](
         x, norm.weight if norm else None, norm.eps if norm else 0.0, residual, y, scratch,
         *first.planes, *last.planes,
         NB=K // BLOCK, NB2=triton.next_power_of_2(K // BLOCK), N=first.n, N2=last.n if len(weights) == 2 else 0,
         FORMAT=first.format.ggml_id, FORMAT2=last.format.ggml_id, S=slices(profile), WORDS=words,
-        READY=ready, BN=tile.rows, LOOP=programs < sum(counts), AHEAD=min(K // BLOCK, tile.ahead),
+        READY=ready, BN=tile.rows, PARTS=parts, LOOP=looping, AHEAD=min(K // BLOCK // parts, tile.ahead),
         num_warps=tile.warps, **DEPENDENT, **FAITHFUL,
     )  # fmt: skip
     return y
@@ -100,46 +104,82 @@ def load_row(x_ptr, norm_ptr, eps, NB: tl.constexpr, NB2: tl.constexpr):
 
 
 @triton.jit
-def fetch(planes, row, live, NB: tl.constexpr, FORMAT: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr):
-    """The first AHEAD blocks of weight rows `row` [N], on their way; half as many of Q6_K, whose blocks take twice the
-    registers."""
+def fetch(planes, start, live, FORMAT: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr):
+    """The first AHEAD blocks of rows that begin with blocks `start` [N], on their way; half as many of Q6_K, whose
+    blocks take twice the registers."""
     count: tl.constexpr = AHEAD if FORMAT == Q4_K else (AHEAD + 1) // 2
     fetched = ()  # type: tuple[tl.tensor, ...]
     for b in tl.static_range(count):
-        fetched = fetched + (load_block(planes, row, live, b, NB, FORMAT, EVEN),)  # noqa: RUF005 - Triton has no *
+        fetched = fetched + (load_block(planes, start, live, b, FORMAT, EVEN),)  # noqa: RUF005 - Triton has no *
     return fetched
 
 
 @triton.jit
 def fold(
-    fetched, planes, row, live, x_ptr,
+    fetched, planes, start, live, x,
     NB: tl.constexpr, FORMAT: tl.constexpr, S: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """y [N] of weight rows `row` against the operand at `x_ptr` [1], or [N] of each: block products, left to right.
+    """y [N] of rows of NB blocks from `start` on against `operand_at`'s `x`: block products, left to right.
 
     The first blocks are `fetched`; each one used makes room for one more."""
-    count: tl.constexpr = AHEAD if FORMAT == Q4_K else (AHEAD + 1) // 2
-    acc = tl.zeros([row.shape[0], 1], tl.float32)
+    acc = tl.zeros([start.shape[0], 1], tl.float32)
     for b in tl.static_range(NB):
-        acc = acc + block_product(fetched[b], planes, row, live, x_ptr, b, NB, FORMAT, S, EVEN)
-        if b + count < NB:
-            more = load_block(planes, row, live, b + count, NB, FORMAT, EVEN)
-            fetched = fetched + (more,)  # noqa: RUF005
+        acc = acc + block_product(fetched[b], planes, start, live, x, b, NB, FORMAT, S, EVEN)
+        fetched = _fetch_more(fetched, planes, start, live, b, NB, FORMAT, EVEN, AHEAD)
     return of_lanes(acc)
 
 
 @triton.jit
+def _fetch_more(
+    fetched, planes, start, live,
+    b: tl.constexpr, BLOCKS: tl.constexpr, FORMAT: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """`fetched` and, once block `b` is used, the next of BLOCKS that is not among them."""
+    count: tl.constexpr = AHEAD if FORMAT == Q4_K else (AHEAD + 1) // 2
+    if b + count < BLOCKS:
+        fetched = fetched + (load_block(planes, start, live, b + count, FORMAT, EVEN),)  # noqa: RUF005
+    return fetched
+
+
+@triton.jit
+def _fold_parts(
+    fetched, planes, start, live, x, parts_ptr,
+    NB: tl.constexpr, PARTS: tl.constexpr, FORMAT: tl.constexpr, S: tl.constexpr, EVEN: tl.constexpr,
+    AHEAD: tl.constexpr,
+):  # fmt: skip
+    """As `fold`, of N rows in PARTS runs of NB/PARTS blocks that lie one below the other in `start`, for more warps to
+    share. The products meet at `parts_ptr` [N, NB] and are folded there, in the one order."""
+    N: tl.constexpr = start.shape[0] // PARTS
+    each: tl.constexpr = NB // PARTS
+    lane = tl.arange(0, 8)[None, :]
+    r = tl.arange(0, N * PARTS)[:, None]
+    held = tl.zeros([N * PARTS, 8], tl.float32)
+    for b in tl.static_range(each):
+        held = tl.where(lane == b % 8, block_product(fetched[b], planes, start, live, x, b, NB, FORMAT, S, EVEN), held)
+        fetched = _fetch_more(fetched, planes, start, live, b, each, FORMAT, EVEN, AHEAD)
+        if b % 8 == 7 or b == each - 1:  # every lane holds another block's
+            at = r % N * NB + r // N * each + b // 8 * 8 + lane
+            tl.store(parts_ptr + at, held, (lane + b // 8 * 8 < each) & (r < N * PARTS))
+    tl.debug_barrier()
+    acc = tl.zeros([N], tl.float32)
+    for b in tl.static_range(NB):
+        acc = acc + tl.load(parts_ptr + tl.arange(0, N) * NB + b)
+    return acc
+
+
+@triton.jit
 def _segment(
-    pid, planes, x_ptr, norm_ptr, eps, residual_ptr, y_ptr, at_ptr,
+    pid, planes, x_ptr, norm_ptr, eps, residual_ptr, y_ptr, at_ptr, parts_ptr,
     NB: tl.constexpr, NB2: tl.constexpr, N: tl.constexpr, FORMAT: tl.constexpr, S: tl.constexpr, READY: tl.constexpr,
-    BN: tl.constexpr, LOOP: tl.constexpr, AHEAD: tl.constexpr,
+    BN: tl.constexpr, PARTS: tl.constexpr, LOOP: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Rows of one matrix; its first tile is `pid`."""
     EVEN: tl.constexpr = N % BN == 0
-    operand = at_ptr + tl.zeros([1], tl.int32)
-    n = pid * BN + tl.arange(0, BN)
+    r = tl.arange(0, BN * PARTS)
+    skip = r // BN * (NB // PARTS)
+    n = pid * BN + r % BN
     if not LOOP:
-        fetched = fetch(planes, n.to(tl.int64), n < N, NB, FORMAT, EVEN, AHEAD)
+        fetched = fetch(planes, n.to(tl.int64) * NB + skip, n < N, FORMAT, EVEN, AHEAD)
     finish_wait()
     release_next()
     if not READY:
@@ -147,14 +187,23 @@ def _segment(
         store_operand(x, tl.zeros([NB2], tl.int32), tl.arange(0, NB2), at_ptr, NB, S, FORMAT == Q4_K)
         tl.debug_barrier()
     if LOOP:
+        operand = operand_at(at_ptr + tl.zeros([1], tl.int32), 0, NB, S)
         for tile in range(pid, tl.cdiv(N, BN), tl.num_programs(0)):
             n = tile * BN + tl.arange(0, BN)
-            fetched = fetch(planes, n.to(tl.int64), n < N, NB, FORMAT, EVEN, AHEAD)
+            start = n.to(tl.int64) * NB
+            fetched = fetch(planes, start, n < N, FORMAT, EVEN, AHEAD)
             tl.debug_barrier()  # or the assembler puts each fetch off until its use
-            y = fold(fetched, planes, n.to(tl.int64), n < N, operand, NB, FORMAT, S, EVEN, AHEAD)
+            y = fold(fetched, planes, start, n < N, operand, NB, FORMAT, S, EVEN, AHEAD)
             _store(y, n, n < N, residual_ptr, y_ptr)
+    elif PARTS == 1:
+        operand = operand_at(at_ptr + tl.zeros([1], tl.int32), 0, NB, S)
+        y = fold(fetched, planes, n.to(tl.int64) * NB, n < N, operand, NB, FORMAT, S, EVEN, AHEAD)
+        _store(y, n, n < N, residual_ptr, y_ptr)
     else:
-        y = fold(fetched, planes, n.to(tl.int64), n < N, operand, NB, FORMAT, S, EVEN, AHEAD)
+        operand = operand_at(at_ptr + tl.zeros([1], tl.int32), skip, NB, S)
+        start = n.to(tl.int64) * NB + skip
+        y = _fold_parts(fetched, planes, start, n < N, operand, parts_ptr, NB, PARTS, FORMAT, S, EVEN, AHEAD)
+        n = pid * BN + tl.arange(0, BN)
         _store(y, n, n < N, residual_ptr, y_ptr)
 
 
@@ -171,59 +220,27 @@ def _matvec_kernel(
     words_ptr, high_ptr, scales_ptr, d_ptr, words2_ptr, high2_ptr, scales2_ptr, d2_ptr,
     NB: tl.constexpr, NB2: tl.constexpr, N: tl.constexpr, N2: tl.constexpr,
     FORMAT: tl.constexpr, FORMAT2: tl.constexpr, S: tl.constexpr, WORDS: tl.constexpr, READY: tl.constexpr,
-    BN: tl.constexpr, LOOP: tl.constexpr, AHEAD: tl.constexpr,
+    BN: tl.constexpr, PARTS: tl.constexpr, LOOP: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
-    at_ptr = x_ptr
-    if not READY:
-        at_ptr = scratch_ptr + pid * WORDS
     planes = (words_ptr, high_ptr, scales_ptr, d_ptr)
-    if N2 == 0:
+    at_ptr = x_ptr
+    parts_ptr = None
+    if not READY or PARTS > 1:
+        own_ptr = scratch_ptr + pid * (WORDS + BN * NB * (PARTS > 1))
+        parts_ptr = (own_ptr + WORDS).to(tl.pointer_type(tl.float32), bitcast=True)
+        if not READY:
+            at_ptr = own_ptr
+    tiles_before: tl.constexpr = (N + BN - 1) // BN
+    if N2 == 0 or pid < tiles_before:
         _segment(
-            pid,
-            planes,
-            x_ptr,
-            norm_ptr,
-            eps,
-            residual_ptr,
-            y_ptr,
-            at_ptr,
-            NB,
-            NB2,
-            N,
-            FORMAT,
-            S,
-            READY,
-            BN,
-            LOOP,
-            AHEAD,
-        )
+            pid, planes, x_ptr, norm_ptr, eps, residual_ptr, y_ptr, at_ptr, parts_ptr,
+            NB, NB2, N, FORMAT, S, READY, BN, PARTS, LOOP, AHEAD,
+        )  # fmt: skip
     else:
-        tiles_before: tl.constexpr = (N + BN - 1) // BN
-        if pid < tiles_before:
-            _segment(
-                pid,
-                planes,
-                x_ptr,
-                norm_ptr,
-                eps,
-                residual_ptr,
-                y_ptr,
-                at_ptr,
-                NB,
-                NB2,
-                N,
-                FORMAT,
-                S,
-                READY,
-                BN,
-                False,
-                AHEAD,
-            )
-        else:
-            tl.static_assert(residual_ptr is None)
-            planes2 = (words2_ptr, high2_ptr, scales2_ptr, d2_ptr)
-            _segment(
-                pid - tiles_before, planes2, x_ptr, norm_ptr, eps, None, y_ptr + N, at_ptr,
-                NB, NB2, N2, FORMAT2, S, READY, BN, False, AHEAD,
-            )  # fmt: skip
+        tl.static_assert(residual_ptr is None)
+        planes2 = (words2_ptr, high2_ptr, scales2_ptr, d2_ptr)
+        _segment(
+            pid - tiles_before, planes2, x_ptr, norm_ptr, eps, None, y_ptr + N, at_ptr, parts_ptr,
+            NB, NB2, N2, FORMAT2, S, READY, BN, PARTS, LOOP, AHEAD,
+        )  # fmt: skip

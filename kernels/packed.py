@@ -166,20 +166,20 @@ def _store_slice(q, start, block, at_ptr, NB: tl.constexpr, SUMS: tl.constexpr):
 
 
 @triton.jit
-def load_block(planes, row, live, b: tl.constexpr, NB: tl.constexpr, FORMAT: tl.constexpr, EVEN: tl.constexpr):
-    """Block `b` of weight rows `row` [N], i64, as a tuple for `block_product`; nothing is awaited yet.
+def load_block(planes, start, live, b: tl.constexpr, FORMAT: tl.constexpr, EVEN: tl.constexpr):
+    """Blocks `start` [N] + b of the weights, i64, as a tuple for `block_product`; nothing is awaited yet.
 
     A block is 32 words in the order of memory, so that its eight lanes of four lie in one warp; what all lanes of a row
     need, each loads for itself."""
     i = tl.arange(0, 32)[None, :]
     live = live[:, None]
     if FORMAT == Q4_K:
-        return (_load((planes[0] + row * (NB * 36) + b * 36)[:, None] + 4 + i, live, EVEN),)
+        return (_load((planes[0] + start * 36 + b * 36)[:, None] + 4 + i, live, EVEN),)
     else:  # i = 16 * half + 8 * (row of 32, mod 2) + word of that row
-        low = _load((planes[0] + row * (NB * 32) + b * 32)[:, None] + i, live, EVEN)
-        high = _load((planes[1] + row * (NB * 16) + b * 16)[:, None] + i // 16 * 8 + i % 8, live, EVEN)
-        scales = _load((planes[2] + row * (NB * 4) + b * 4)[:, None] + i % 4, live, EVEN)
-        return low, high, scales, _load((planes[3] + row * NB + b)[:, None], live, EVEN)
+        low = _load((planes[0] + start * 32 + b * 32)[:, None] + i, live, EVEN)
+        high = _load((planes[1] + start * 16 + b * 16)[:, None] + i // 16 * 8 + i % 8, live, EVEN)
+        scales = _load((planes[2] + start * 4 + b * 4)[:, None] + i % 4, live, EVEN)
+        return low, high, scales, _load((planes[3] + start + b)[:, None], live, EVEN)
 
 
 @triton.jit
@@ -203,38 +203,44 @@ def _word(x, which):
 
 
 @triton.jit
-def _load_head(planes, row, live, b: tl.constexpr, NB: tl.constexpr, EVEN: tl.constexpr):
+def _load_head(planes, start, live, b: tl.constexpr, EVEN: tl.constexpr):
     """The first four words of Q4_K blocks, in every lane. `load_block` has fetched their lines; in flight they would
     take as many registers as the codes."""
     i = tl.arange(0, 32)[None, :]
-    return _lanes(_load((planes[0] + row * (NB * 36) + b * 36)[:, None] + i % 4, live[:, None], EVEN))
+    return _lanes(_load((planes[0] + start * 36 + b * 36)[:, None] + i % 4, live[:, None], EVEN))
+
+
+@triton.jit
+def operand_at(ptr, skip, NB: tl.constexpr, S: tl.constexpr):
+    """Where an operand of NB blocks, at `ptr` [1] or [N], has codes, sums and scales from block `skip` on."""
+    return ptr + skip * 64, ptr + 64 * NB + skip * 4, ptr + 68 * S * NB + skip
 
 
 @triton.jit
 def block_product(
-    w, planes, row, live, x_ptr,
+    w, planes, start, live, x,
     b: tl.constexpr, NB: tl.constexpr, FORMAT: tl.constexpr, S: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """P of block `b`: xd * (d*S - dmin*T) for Q4_K, xd * (d*S) for Q6_K, of `load_block`'s tuple `w` and an operand.
+    """P of block `b`: xd * (d*S - dmin*T) for Q4_K, xd * (d*S) for Q6_K, of `load_block`'s tuple and `operand_at`'s.
 
-    It is [N, 8], the same in every lane. `x_ptr` is [1] or [N]: one operand for all rows, or one for each."""
-    xd = tl.load((x_ptr + 68 * S * NB + b).to(tl.pointer_type(tl.float32), bitcast=True))[:, None]
+    It is [N, 8], the same in every lane."""
+    xd = tl.load((x[2] + b).to(tl.pointer_type(tl.float32), bitcast=True))[:, None]
     if FORMAT == Q4_K:
-        scales, mins, d, dmin = _unpack_q4_k(_load_head(planes, row, live, b, NB, EVEN))
-        s, t = _sums_q4_k(_lanes(w[0]), scales, mins, x_ptr, b, NB)
+        scales, mins, d, dmin = _unpack_q4_k(_load_head(planes, start, live, b, EVEN))
+        s, t = _sums_q4_k(_lanes(w[0]), scales, mins, x[0] + b * 64, x[1] + b * 4)
         if S == 2:
-            s_lo, t_lo = _sums_q4_k(_lanes(w[0]), scales, mins, x_ptr + 68 * NB, b, NB)
+            low = 68 * NB
+            s_lo, t_lo = _sums_q4_k(_lanes(w[0]), scales, mins, x[0] + low + b * 64, x[1] + low + b * 4)
             s = 128.0 * s + s_lo
             t = 128.0 * t + t_lo
         return xd * (d * s[:, None] - dmin * t)
     else:
         u = tl.arange(0, 8)[None, :]
-        scales = _word(
-            _lanes(w[2]), (u // 4 * 2 + u % 2)[:, :, None]
-        )  # of the lane's row of 32 at byte u//2%2, and two rows on
-        s = _sum_q6_k(w, scales, x_ptr, b, NB)
+        # Four scales a word: that of the lane's row of 32 is byte u//2%2, that of two rows on the next but one.
+        scales = _word(_lanes(w[2]), (u // 4 * 2 + u % 2)[:, :, None])
+        s = _sum_q6_k(w, scales, x[0] + b * 64)
         if S == 2:
-            s = 128.0 * s + _sum_q6_k(w, scales, x_ptr + 68 * NB, b, NB)
+            s = 128.0 * s + _sum_q6_k(w, scales, x[0] + 68 * NB + b * 64)
         return tl.broadcast_to(xd * (w[3].to(tl.float32) * s[:, None]), scales.shape)
 
 
@@ -260,18 +266,18 @@ def _unpack_q4_k(head):
 
 
 @triton.jit
-def _sums_q4_k(words, scales, mins, x_ptr, b: tl.constexpr, NB: tl.constexpr):
+def _sums_q4_k(words, scales, mins, x_ptr, sums_ptr):
     """f32 of the exact sums over one block and slice: of sc*q*x, [N], and of mn*x, [N, 8], the same in every lane."""
     i = tl.arange(0, 32)[
         None, :
     ]  # lane u holds bytes 16u..16u+15: sub-blocks u//2*2 in the low nibbles, the next above
-    at = x_ptr[:, None] + b * 64 + i // 8 * 16 + i % 8
+    at = x_ptr[:, None] + i // 8 * 16 + i % 8
     low = tl.sum(dp4a(words & _NIBBLES, _lanes(tl.load(at)), 0), axis=2)
     high = tl.sum(dp4a((words >> 4) & _NIBBLES, _lanes(tl.load(at + 8)), 0), axis=2)
     u = tl.arange(0, 8)[None, :]
     pair = tl.where(u < 4, scales[0], scales[1]) >> (u // 2 % 2 * 16)
     s = tl.sum((pair & 255) * low + ((pair >> 8) & 255) * high, axis=1)
-    sums = (x_ptr + 64 * NB + b * 4).to(tl.pointer_type(tl.int64), bitcast=True)
+    sums = sums_ptr.to(tl.pointer_type(tl.int64), bitcast=True)
     first, last = tl.load(sums)[:, None], tl.load(sums + 1)[:, None]
     t = dp2a((first >> 32).to(tl.int32), mins[0], dp2a(first.to(tl.int32), mins[0], 0, 0), 1)
     t = dp2a((last >> 32).to(tl.int32), mins[1], dp2a(last.to(tl.int32), mins[1], t, 0), 1)
@@ -279,11 +285,11 @@ def _sums_q4_k(words, scales, mins, x_ptr, b: tl.constexpr, NB: tl.constexpr):
 
 
 @triton.jit
-def _sum_q6_k(w, scales, x_ptr, b: tl.constexpr, NB: tl.constexpr):
+def _sum_q6_k(w, scales, x_ptr):
     """f32 of the exact sum of sc*(q-32)*x over one block and slice, [N]; `scales` [N, 8] hold each lane's."""
     low, high = _lanes(w[0]), _lanes(w[1])
     i = tl.arange(0, 32)[None, :]
-    at = x_ptr[:, None] + b * 64 + i // 16 * 32 + i % 16
+    at = x_ptr[:, None] + i // 16 * 32 + i % 16
     u = tl.arange(0, 8)[None, :]
     up = u // 2 % 2 * 2  # the lane's row of 32 lies this many bits further up in `high`
     s = _scaled(low << 2, high << (6 - up)[:, :, None], tl.load(at), scales << (24 - up * 4))

@@ -35,12 +35,14 @@ class DecodeAttentionTile(NamedTuple):
 
 
 class MatvecTile(NamedTuple):
-    """One program computes `rows` output features at a time, `ahead` blocks in flight; at most `programs` run."""
+    """One program computes `rows` output features at a time, `ahead` blocks in flight; at most `programs` run. Where it
+    goes through one tile only, the blocks of a row may be shared out in `parts`."""
 
     rows: int
     warps: int
     programs: int
     ahead: int
+    parts: int = 1
 
 
 _MATMUL_INTERPRET = (MatmulTile(16, 1024, 4), MatmulTile(64, 512, 4), MatmulTile(256, 512, 4))
@@ -115,6 +117,8 @@ def matvec(rows: int, blocks: int) -> MatvecTile:
     """Tile for `rows` output features of `blocks` blocks each, for one token."""
     if interpreting():
         return MatvecTile(max(4, min(triton.next_power_of_2(rows), 4096)), 4, 1 << 20, 1)
+    if blocks == 16:  # the output projection of attention: few rows, and nothing to do before its dots
+        return MatvecTile(16, 8, 4 * 132, 8, 2)
     return MatvecTile(16, 4, 4 * 132, 8)
 
 
