@@ -5,12 +5,17 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from exactmoe.bench.layers import MoeStep
 from exactmoe.kernels.argmax import argmax, choose
 from exactmoe.kernels.decode_attention import decode_attention, keys_of_one_launch
+from exactmoe.kernels.decode_experts import experts_up
+from exactmoe.kernels.decode_router import decode_router
+from exactmoe.kernels.errors import InvalidInput
 from exactmoe.kernels.kv_cache import KVLayer
 from exactmoe.kernels.matmul import matmul
 from exactmoe.kernels.matvec import matvec
 from exactmoe.kernels.packed import pack
+from exactmoe.kernels.prefetch import spans
 from exactmoe.kernels.quantize import quantize
 from exactmoe.kernels.rope import RopeTable
 from exactmoe.parity.cases import Case, DecodeAttention, Matvec, tensors
@@ -46,6 +51,27 @@ def test_attention_in_one_launch_equals_attention_in_two(position: int, device: 
     assert [len(made) for made in launches] == [2, 1]
     for two, one in zip([*found[0], *longer], [*found[1], *again], strict=True):
         assert two.cpu().numpy().tobytes() == one.cpu().numpy().tobytes()
+
+
+def test_what_is_fetched_ahead_changes_no_bit(device: torch.device) -> None:
+    """In the interpreter nothing is fetched; on a GPU the addresses must be ones that can be read."""
+    step = MoeStep(1, 12, 3, 256, 512, "Q4_K", "Q6_K", "q8_k")
+    x, norm, router, gate, up, down, top_k, profile = step.on(device)
+    plain, ahead = (decode_router(x, norm, router, profile, later) for later in ((), (down.storage, router.q)))
+    assert plain.logits.equal(ahead.logits)
+    assert plain.operand.equal(ahead.operand)
+    h = experts_up(plain, gate, up, top_k)
+    for later in (down, gate):
+        assert h.equal(experts_up(plain, gate, up, top_k, later))
+
+
+def test_at_most_two_whole_tensors_are_fetched_ahead(device: torch.device) -> None:
+    square = torch.zeros(4, 4, device=device)
+    assert spans([square]) == (square, None, 64, 0)
+    with pytest.raises(InvalidInput, match="at most two"):
+        spans([square] * 3)
+    with pytest.raises(InvalidInput, match="contiguous"):
+        spans([square.T[:2]])
 
 
 def test_packing_loses_no_bit_of_a_block(device: torch.device) -> None:
