@@ -219,6 +219,8 @@ def cache(rng: Generator, keys: int, g: int, c: int, data: str) -> KVLayer:
             k[:], v[:], v_scale[:] = 16256, -8192, 2.0**-12
         case "wide":
             v_scale = np.exp2(rng.integers(-90, 20, (capacity, g))).astype(np.float32)
+        case "early":  # the largest values by far lie in the first of many tiles
+            v_scale[:1] *= np.float32(2.0**6)
         case "zero":  # a kv head whose values are all zero
             v_scale[:, 0], v[:, 0] = 0, 0
         case "nonfinite":  # a bad key for kv head 0, a bad value for the last: only later queries see them
@@ -989,6 +991,7 @@ def _decode_cases() -> Iterator[Case]:
         for data in ("worst", "wide", "zero", "nonfinite", "overflow", "peaked", "huge", "tiny", "new"):
             yield DecodeAttention(8, 2, 64, 37, profile, data)
             yield DecodeAttention(4, 2, 64, 150, profile, data)
+        yield from (DecodeAttention(2, 1, 64, 900, profile, data) for data in ("early", "peaked", "nonfinite"))
 
 
 def _table() -> dict[str, tuple[Case, ...]]:
