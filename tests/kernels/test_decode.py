@@ -13,7 +13,7 @@ from exactmoe.kernels.decode_router import decode_router
 from exactmoe.kernels.errors import InvalidInput
 from exactmoe.kernels.kv_cache import KVLayer
 from exactmoe.kernels.matmul import matmul
-from exactmoe.kernels.matvec import matvec
+from exactmoe.kernels.matvec import Norm, matvec
 from exactmoe.kernels.packed import pack
 from exactmoe.kernels.prefetch import spans
 from exactmoe.kernels.quantize import quantize
@@ -63,6 +63,17 @@ def test_what_is_fetched_ahead_changes_no_bit(device: torch.device) -> None:
     h = experts_up(plain, gate, up, top_k)
     for later in (down, gate):
         assert h.equal(experts_up(plain, gate, up, top_k, later))
+
+
+def test_an_operand_is_not_normed_again_and_is_of_the_profile_asked_for(device: torch.device) -> None:
+    weights, x, profile, _, residual = Matvec(5, 512, "Q4_K", "q8_k", around="operand").on(device)
+    norm = Norm(torch.ones(512, device=device), 1e-6)
+    with pytest.raises(InvalidInput, match="cannot be normed"):
+        matvec(weights, x, profile, norm, residual)
+    with pytest.raises(InvalidInput, match="not of profile q16_k"):
+        matvec(weights, x, "q16_k", None, residual)
+    with pytest.raises(InvalidInput, match="no operand of 512"):
+        matvec(weights, x[:-1], profile, None, residual)
 
 
 def test_at_most_two_whole_tensors_are_fetched_ahead(device: torch.device) -> None:
