@@ -30,24 +30,20 @@ from exactmoe.parity.cases import kernel_output, reference_output
 
 
 def _matvec(
-    rows: Sequence[int],
-    warps: Sequence[int],
-    programs: Sequence[int],
-    ahead: Sequence[int],
-    parts: Sequence[int] = (1,),
-) -> list[Any]:
-    return [MatvecTile(*sizes) for sizes in product(rows, warps, programs, ahead, parts)]
+    rows: Sequence[int], tiles: Sequence[int], warps: Sequence[int], ahead: Sequence[int],
+    programs: Sequence[int] = (1 << 20,),
+) -> list[Any]:  # fmt: skip
+    return [MatvecTile(*sizes) for sizes in product(rows, tiles, warps, ahead, programs)]
 
 
-_ALL = 1 << 20  # programs: no loop
 CANDIDATES: dict[str, tuple[str, list[Any]]] = {
-    "qkv": ("matvec", _matvec((8, 16, 32), (4, 8), (_ALL,), (4, 8), (1, 2))),
-    "attn-output": ("matvec", _matvec((8, 16), (4, 8, 16), (_ALL,), (4, 8), (1, 2, 4))),
-    "lm-head": ("matvec", _matvec((8, 16, 32), (2, 4), (264, 396, 528, 792), (2, 4, 8))),
+    "qkv": ("matvec", _matvec((4, 8, 16), (3, 5), (4, 8), (8, 16))),
+    "attn-output": ("matvec", _matvec((4, 8, 16), (1, 2), (4, 8, 16), (8, 16))),
+    "lm-head": ("matvec", _matvec((4, 8), (2, 4, 8), (4, 8), (8,), (264, 396, 528))),
     "router": ("decode_router", [(e, w) for e in (1, 2) for w in (2, 4, 8, 16)]),
-    "experts-up": ("experts_up", _matvec((8, 16, 32), (2, 4, 8), (0,), (2, 4, 8))),
-    "experts-down-q4_k": ("experts_down", _matvec((8, 16, 32), (4, 8, 16), (0,), (1, 2, 3))),
-    "experts-down-q6_k": ("experts_down", _matvec((8, 16, 32), (4, 8, 16), (0,), (1, 2, 3))),
+    "experts-up": ("experts_up", _matvec((4, 8, 16), (3, 6), (4, 8, 16), (8, 12))),
+    "experts-down-q4_k": ("experts_down", _matvec((4, 8), (2, 4), (4, 8, 16), (6, 12))),
+    "experts-down-q6_k": ("experts_down", _matvec((4, 8), (2, 4), (4, 8, 16), (6, 12))),
     "attention-64": ("decode_attention", [DecodeAttentionTile(k, 1, w) for k in (64, 128) for w in (4, 8, 16)]),
     "attention-4096": (
         "decode_attention",

@@ -36,8 +36,8 @@ from exactmoe.kernels.numerics import (
     reciprocal,
     round_even,
 )
-from exactmoe.kernels.packed import operand_words, store_operand
-from exactmoe.kernels.prefetch import prefetch, spans
+from exactmoe.kernels.packed import operand_words, store_of_rows, store_operand
+from exactmoe.kernels.prefetch import prefetch, prefetch_rows, spans
 from exactmoe.kernels.rope import RopeTable, load_heads, load_turn, normed_rotated
 from exactmoe.kernels.tensors import require_f32, slices
 
@@ -88,8 +88,9 @@ def decode_attention(
     require(rope.cos.shape[0] >= P and rope.cos.shape[1] * 2 == C, "the rope table does not fit the cache")
     require(position.dtype == torch.int32 and position.numel() == 1, "position must be one i32")
     C2 = _padded(C)
-    tile = tiles.decode_attention(P, G, C2)
-    one = (P if most is None else most) <= tile.keys
+    most = P if most is None else min(most, P)
+    tile = tiles.decode_attention(P, G, C2, most)
+    one = most <= tile.keys
     per = heads // G
     sizes = {
         "H": heads, "G": G, "C": C, "C2": C2, "R": max(8, triton.next_power_of_2(per)),
@@ -131,7 +132,7 @@ def _padded(width: int) -> int:
 def keys_of_one_launch(kv: KVLayer) -> int:
     """Positions that a single launch can attend to."""
     P, G, C = kv.k.shape
-    return tiles.decode_attention(P, G, _padded(C)).keys
+    return tiles.decode_attention(P, G, _padded(C), P).keys
 
 
 @triton.jit(do_not_specialize=["P"])
@@ -161,6 +162,8 @@ def _decode_scores_kernel(
     turn_k = load_turn(k_norm_ptr + one, cos_ptr, sin_ptr, r < R, at, C, C2)
     prefetch(later_ptr, LATER, part * G + g, G * PARTS, 32 * WARPS)
     prefetch(later2_ptr, LATER2, part * G + g, G * PARTS, 32 * WARPS)
+    if not ONE:
+        prefetch_rows(v_ptr, s, position, g, G, C)  # for the next launch, which cannot start before this one ends
     finish_wait()
     release_next()
     if part < count:
@@ -169,16 +172,16 @@ def _decode_scores_kernel(
         key_ptr = qkv_ptr + (H + g) * C + tl.zeros([R], tl.int32)
         key = load_heads(key_ptr, r < R, C, C2)
         value = tl.load(key_ptr[:, None] + G * C + c[None, :], (c < C)[None, :], 0.0)
-        if (count - 1) % PARTS == part:
+        if ONE or (count - 1) % PARTS == part:
             new_slot = position.to(tl.int64) * G + g + tl.zeros([R], tl.int64)
             new_at = new_slot[:, None] * C + c[None, :]
             first = (r == 0)[:, None] & (c < C)[None, :]
             new, scale = quantize_15(normed_rotated(key, turn_k, eps, C, C2))
             tl.store(k_ptr + new_at, new.to(tl.int16), first)
-            tl.store(ks_ptr + new_slot, scale, r == 0)
+            store_of_rows(ks_ptr + new_slot, scale, r == 0)
             new, scale = quantize_pow2(value)
             tl.store(v_ptr + new_at, new.to(tl.int16), first)
-            tl.store(vs_ptr + new_slot, scale, r == 0)
+            store_of_rows(vs_ptr + new_slot, scale, r == 0)
         q, q_scale = quantize_15(normed_rotated(heads, turn, eps, C, C2))
         factor = q_scale * reciprocal(tl.sqrt_rn(tl.full([R], C, tl.float32)))
         q_sum = tl.sum(q, axis=1)
@@ -211,7 +214,7 @@ def _decode_scores_kernel(
                 tl.store(scores_ptr + head[:, None].to(tl.int64) * P + s[None, :], score, seen)
                 s += PARTS * BK
                 k, ks, vs = _load_keys(k_ptr, ks_ptr, vs_ptr, s, s < position, (0, 0.0, 0.0), g, G, C, C2)
-            tl.store(tops_ptr + head * PARTS + part, top, r < PER)
+            store_of_rows(tops_ptr + head * PARTS + part, top, r < PER)
             tl.store(tops_ptr + (H + g) * PARTS + part, tl.max(wide))
             if part == 0:
                 tl.store(sums_ptr + head[:, None] * C + c[None, :], tl.zeros([R, C2], tl.int64), row)

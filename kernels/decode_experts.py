@@ -1,8 +1,8 @@
 """One token through its experts, in two launches.      logits [E] f32, operand of x [D] -> h [A, F] -> y [D] f32
-Promised order: as route, grouped_matmul, swiglu, quantize, combine and add, one after another; every program picks the
-experts and quantises for itself.
+Promised order: as route, grouped_matmul, swiglu, quantize, combine and add, one after another; every program of the
+first chooses for itself, every one of the second quantises for itself."""
 
-The second launch fetches its weights while the first still runs: the router's logits were there before both."""
+from typing import NamedTuple
 
 import torch
 import triton
@@ -15,7 +15,7 @@ from exactmoe.kernels.dependent import DEPENDENT, finish_wait, release_next
 from exactmoe.kernels.errors import require
 from exactmoe.kernels.formats import BLOCK
 from exactmoe.kernels.launch import FAITHFUL
-from exactmoe.kernels.matvec import fetch, fold
+from exactmoe.kernels.matvec import fetch, fold, issue, load_operands, of_a_tile, parts_of, tile_rows
 from exactmoe.kernels.numerics import swiglu_of
 from exactmoe.kernels.packed import Q4_K, PackedMatrix, operand_at, operand_slices, operand_stride, store_operand
 from exactmoe.kernels.prefetch import prefetch
@@ -23,10 +23,18 @@ from exactmoe.kernels.router import scores, take_best, weight_of
 from exactmoe.kernels.tensors import require_f32, slices
 
 
+class Activated(NamedTuple):
+    """What the second launch takes."""
+
+    h: Tensor  # [A, F] f32, the chosen experts' rows, best first
+    weight: Tensor  # [A] f32
+    expert: Tensor  # [A] i32
+
+
 def experts_up(
     routed: Routed, gate: PackedMatrix, up: PackedMatrix, top_k: int, later: PackedMatrix | None = None
-) -> Tensor:
-    """silu(gate) * up of the `top_k` experts that the logits choose, best first: h [A, F].
+) -> Activated:
+    """silu(gate) * up of the `top_k` experts that the logits choose, best first, and the choice.
 
     Their part of `later` is fetched ahead. Bit-equal to parity.reference.decode_experts.experts_up."""
     E = routed.logits.shape[0]
@@ -38,39 +46,47 @@ def experts_up(
         )
     F, NB = gate.n, gate.k // BLOCK
     S = operand_slices(routed.operand, gate.k)
-    h = torch.empty(top_k, F, dtype=torch.float32, device=routed.logits.device)
+    device = routed.logits.device
+    out = Activated(
+        torch.empty(top_k, F, dtype=torch.float32, device=device),
+        torch.empty(top_k, dtype=torch.float32, device=device),
+        torch.empty(top_k, dtype=torch.int32, device=device),
+    )
     tile = tiles.experts_up(F)
-    _experts_up_kernel[(top_k * triton.cdiv(F, tile.rows),)](
-        *routed, *gate.planes, *up.planes, h, *(later.planes if later else (None,) * 4),
+    _experts_up_kernel[(top_k * triton.cdiv(F, tile.rows * tile.tiles),)](
+        *routed, *gate.planes, *up.planes, *out, *(later.planes if later else (None,) * 4),
         LATER=later.plane_bytes if later else (0,) * 4,
-        E=E, E2=triton.next_power_of_2(E), NB=NB, F=F, FORMAT=gate.format.ggml_id, FORMAT2=up.format.ggml_id,
-        S=S, BN=tile.rows, AHEAD=min(NB, tile.ahead), WARPS=tile.warps, num_warps=tile.warps, **DEPENDENT, **FAITHFUL,
+        E=E, E2=triton.next_power_of_2(E), A=top_k, ROWS=max(tile.warps, triton.next_power_of_2(top_k)), NB=NB, F=F,
+        FORMAT=gate.format.ggml_id, FORMAT2=up.format.ggml_id, S=S, BN=tile.rows, PARTS=parts_of(NB), TILES=tile.tiles,
+        AHEAD=tile.ahead, WARPS=tile.warps, num_warps=tile.warps, **DEPENDENT, **FAITHFUL,
     )  # fmt: skip
-    return h
+    return out
 
 
-def experts_down(routed: Routed, h: Tensor, down: PackedMatrix, x: Tensor, profile: str) -> Tensor:
-    """x [D] plus the experts' outputs of h [A, F], each weighted as the logits choose, best first.
+def experts_down(activated: Activated, down: PackedMatrix, x: Tensor, profile: str) -> Tensor:
+    """x [D] plus the experts' outputs, each weighted, best first.
 
     Bit-equal to parity.reference.decode_experts.experts_down."""
-    E = routed.logits.shape[0]
-    A, F = h.shape
+    A, F = activated.h.shape
     A2 = triton.next_power_of_2(A)
-    require_f32(h, "h", A, down.k)
-    require(down.experts == E and 1 <= A <= E, f"{A} of {E} experts, weights are of {down.experts}")
+    require_f32(activated.h, "h", A, down.k)
+    require_f32(activated.weight, "weight", A)
+    require(
+        activated.expert.shape == (A,) and activated.expert.dtype == torch.int32, f"chosen experts must be i32 [{A}]"
+    )
+    require(1 <= A <= down.experts, f"{A} of {down.experts} experts")
     require_f32(x, "x", down.n)
     D, FB = down.n, F // BLOCK
     y = torch.empty_like(x)
     tile = tiles.experts_down(D)
-    programs = triton.cdiv(D, tile.rows)
+    programs = triton.cdiv(D, tile.rows * tile.tiles)
     words = operand_stride(F, slices(profile))
-    stride = A * words + A2 * tile.rows
+    stride = A * words + A2 * tile.rows * tile.tiles
     scratch = torch.empty(programs, stride, dtype=torch.int32, device=x.device)
     _experts_down_kernel[(programs,)](
-        routed.logits, h, *down.planes, x, y, scratch,
-        E=E, E2=triton.next_power_of_2(E), A=A, A2=A2, FB=FB,
-        FB2=triton.next_power_of_2(FB), D=D, FORMAT=down.format.ggml_id, S=slices(profile), WORDS=words, STRIDE=stride,
-        BN=tile.rows, AHEAD=min(FB, tile.ahead), num_warps=tile.warps, **DEPENDENT, **FAITHFUL,
+        activated.weight, activated.expert, activated.h, *down.planes, x, y, scratch,
+        A=A, A2=A2, FB=FB, D=D, FORMAT=down.format.ggml_id, S=slices(profile), WORDS=words, STRIDE=stride,
+        BN=tile.rows, TILES=tile.tiles, AHEAD=tile.ahead, num_warps=tile.warps, **DEPENDENT, **FAITHFUL,
     )  # fmt: skip
     return y
 
@@ -86,82 +102,99 @@ def _scores(logits_ptr, ROWS: tl.constexpr, E: tl.constexpr, E2: tl.constexpr):
 @triton.jit
 def _experts_up_kernel(
     logits_ptr, operand_ptr, words_ptr, high_ptr, scales_ptr, d_ptr, words2_ptr, high2_ptr, scales2_ptr, d2_ptr, h_ptr,
-    later_ptr, later2_ptr, later3_ptr, later4_ptr, LATER: tl.constexpr,
-    E: tl.constexpr, E2: tl.constexpr, NB: tl.constexpr, F: tl.constexpr, FORMAT: tl.constexpr, FORMAT2: tl.constexpr,
-    S: tl.constexpr, BN: tl.constexpr, AHEAD: tl.constexpr, WARPS: tl.constexpr,
+    weight_ptr, expert_ptr, later_ptr, later2_ptr, later3_ptr, later4_ptr, LATER: tl.constexpr,
+    E: tl.constexpr, E2: tl.constexpr, A: tl.constexpr, ROWS: tl.constexpr, NB: tl.constexpr, F: tl.constexpr,
+    FORMAT: tl.constexpr, FORMAT2: tl.constexpr, S: tl.constexpr,
+    BN: tl.constexpr, PARTS: tl.constexpr, TILES: tl.constexpr, AHEAD: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
-    EVEN: tl.constexpr = F % BN == 0
-    tiles_each: tl.constexpr = (F + BN - 1) // BN
-    k = tl.program_id(0) // tiles_each
-    n = (tl.program_id(0) % tiles_each) * BN + tl.arange(0, BN)
+    EVEN: tl.constexpr = F % (BN * TILES) == 0
+    EACH: tl.constexpr = NB // PARTS
+    each: tl.constexpr = (F + BN * TILES - 1) // (BN * TILES)
+    k = tl.program_id(0) // each
+    part = tl.program_id(0) % each
+    r = tl.arange(0, BN * PARTS)
+    skip = r % PARTS * EACH
     finish_wait()
     release_next()
-    key, _ = _scores(logits_ptr, WARPS, E, E2)
-    for _ in range(k):
-        _, _, key = take_best(key)
-    _, expert, _ = take_best(key)
+    operand = operand_at(operand_ptr, skip, NB, S)
+    key, bad = _scores(logits_ptr, ROWS, E, E2)
+    rank = tl.arange(0, ROWS)
+    prob = tl.zeros([ROWS], tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    chosen = tl.zeros([ROWS], tl.int32)
+    expert = chosen
+    for i in range(k + 1):
+        best, expert, key = take_best(key)
+        total = total + best
+        prob = tl.where(rank == i, best, prob)
+        chosen = tl.where(rank == i, expert, chosen)
     expert = tl.max(expert).to(tl.int64)
-    start = (expert * F + n) * NB
-    operand = operand_at(operand_ptr + tl.zeros([1], tl.int32), 0, NB, S)
+    n = part * (BN * TILES) + r // PARTS
+    start = (expert * F + n) * NB + skip
     gate = (words_ptr, high_ptr, scales_ptr, d_ptr)
     up = (words2_ptr, high2_ptr, scales2_ptr, d2_ptr)
-    fetched = fetch(gate, start, n < F, FORMAT, EVEN, AHEAD)
-    fetched2 = fetch(up, start, n < F, FORMAT2, EVEN, AHEAD)
+    fetched = fetch(gate, start, n, 0, AHEAD, F, BN, TILES, NB, EACH, FORMAT, EVEN, False)
+    fetched2 = fetch(up, start, n, 0, AHEAD, F, BN, TILES, NB, EACH, FORMAT2, EVEN, False)
+    issue(h_ptr)
+    operands = load_operands(operand, h_ptr, NB, EACH, FORMAT, S)
+    operands2 = operands
+    if FORMAT2 != FORMAT:
+        operands2 = load_operands(operand, h_ptr, NB, EACH, FORMAT2, S)
+    g = fold(fetched, gate, start, n, operands, F, BN, TILES, NB, PARTS, FORMAT, S, EVEN, AHEAD, False)
+    u = fold(fetched2, up, start, n, operands2, F, BN, TILES, NB, PARTS, FORMAT2, S, EVEN, AHEAD, False)
+    # Only now, or the weights of this launch would come later.
     later = (later_ptr, later2_ptr, later3_ptr, later4_ptr)
     for plane in tl.static_range(4):
         if LATER[plane] > 0:
             byte_ptr = later[plane].to(tl.pointer_type(tl.int8), bitcast=True) + expert * LATER[plane]
-            prefetch(byte_ptr, LATER[plane], tl.program_id(0) % tiles_each, tiles_each, 32 * WARPS)
-    g = fold(fetched, gate, start, n < F, operand, NB, FORMAT, S, EVEN, AHEAD)
-    u = fold(fetched2, up, start, n < F, operand, NB, FORMAT2, S, EVEN, AHEAD)
-    tl.store(h_ptr + k * F + n, swiglu_of(g, u), n < F)
+            prefetch(byte_ptr, LATER[plane], part, each, 32 * WARPS)
+    at = tile_rows(part * (BN * TILES), BN, BN)
+    tl.store(h_ptr + k * F + at, swiglu_of(g, u), of_a_tile(TILES) & (at < F))
+    if tl.program_id(0) == (A - 1) * each:  # it has chosen all
+        tl.store(weight_ptr + rank, weight_of(prob, bad, total, A), rank < A)
+        tl.store(expert_ptr + rank, chosen, rank < A)
 
 
 @triton.jit
 def _experts_down_kernel(
-    logits_ptr, h_ptr, words_ptr, high_ptr, scales_ptr, d_ptr, x_ptr, y_ptr, scratch_ptr,
-    E: tl.constexpr, E2: tl.constexpr, A: tl.constexpr, A2: tl.constexpr,
-    FB: tl.constexpr, FB2: tl.constexpr, D: tl.constexpr, FORMAT: tl.constexpr, S: tl.constexpr,
-    WORDS: tl.constexpr, STRIDE: tl.constexpr, BN: tl.constexpr, AHEAD: tl.constexpr,
+    weight_ptr, expert_ptr, h_ptr, words_ptr, high_ptr, scales_ptr, d_ptr, x_ptr, y_ptr, scratch_ptr,
+    A: tl.constexpr, A2: tl.constexpr, FB: tl.constexpr, D: tl.constexpr, FORMAT: tl.constexpr, S: tl.constexpr,
+    WORDS: tl.constexpr, STRIDE: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    EVEN: tl.constexpr = A == A2 and D % BN == 0
+    EVEN: tl.constexpr = A == A2 and D % (BN * TILES) == 0
     planes = (words_ptr, high_ptr, scales_ptr, d_ptr)
-    # A tile's rows are BN features of every rank: row k*BN + i is feature i of the expert of rank k.
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    ranks = tl.arange(0, A2)
-    key, bad = _scores(logits_ptr, A2, E, E2)
-    expert = tl.zeros([A2], tl.int32)
-    prob = tl.zeros([A2], tl.float32)
-    total = tl.zeros([A2], tl.float32)
-    for k in tl.static_range(A):
-        best, e, key = take_best(key)
-        expert = tl.where(ranks == k, e, expert)
-        prob = tl.where(ranks == k, best, prob)
-        total = total + best
-    expert = expert.to(tl.int64)
-    start = tl.reshape(expert[:, None] * D + n[None, :], [A2 * BN]) * FB
-    live = tl.reshape((ranks < A)[:, None] & (n < D)[None, :], [A2 * BN])
-    fetched = fetch(planes, start, live, FORMAT, EVEN, AHEAD)
-    weight = weight_of(prob, bad, total, A)
     finish_wait()
     release_next()
-    at_ptr = scratch_ptr + tl.program_id(0) * STRIDE
-    # All ranks' blocks at once: block b of rank k is row k*FB2 + b of the tile.
-    r = tl.arange(0, A2 * FB2)
-    k_of, b_of = r // FB2, r % FB2
-    real = (k_of < A) & (b_of < FB)
-    h = tl.load(h_ptr + (k_of * FB + b_of)[:, None] * 256 + tl.arange(0, 256)[None, :], real[:, None], 0.0)
-    store_operand(h, k_of * WORDS, tl.where(real, b_of, FB), at_ptr, FB, S, FORMAT == Q4_K)
+    # A tile's rows are BN features of every rank: row k*BN + i is feature i of the expert of rank k.
+    r = tl.arange(0, A2 * BN)
+    k = tl.minimum(r // BN, A - 1)
+    first = tl.program_id(0) * (BN * TILES)
+    n = tl.where(r < A * BN, first + r % BN, D)
+    expert = tl.load(expert_ptr + k).to(tl.int64)
+    own_ptr = scratch_ptr + tl.program_id(0) * STRIDE
+    ranks = tl.arange(0, A2)
+    x = ()  # type: tuple[tl.tensor, ...]
+    for b in tl.static_range(FB):
+        at = (ranks * FB + b)[:, None] * 256 + tl.arange(0, 256)[None, :]
+        x = x + (tl.load(h_ptr + at, (ranks < A)[:, None], 0.0),)  # noqa: RUF005 - Triton has no *
+    start = (expert * D + n) * FB
+    fetched = fetch(planes, start, n, 0, AHEAD, D, BN, TILES, FB, FB, FORMAT, EVEN, True)
+    y_at = tile_rows(first, BN, BN)
+    live = of_a_tile(TILES) & (y_at < D)
+    before = tl.load(x_ptr + y_at, live, 0.0)
+    for b in tl.static_range(FB):
+        store_operand(x[b], ranks * WORDS, tl.where(ranks < A, b, FB), own_ptr, FB, S, FORMAT == Q4_K)
     tl.debug_barrier()
-    of_row = tl.minimum(tl.arange(0, A2 * BN) // BN, A - 1) * WORDS
-    operand = operand_at(at_ptr + of_row, 0, FB, S)
-    y = fold(fetched, planes, start, live, operand, FB, FORMAT, S, EVEN, AHEAD)
-    y = weight[:, None] * tl.reshape(y, [A2, BN])
+    weight = tl.load(weight_ptr + k)
+    operands = load_operands(operand_at(own_ptr + k * WORDS, 0, FB, S), y_ptr, FB, FB, FORMAT, S)
+    y = fold(fetched, planes, start, n, operands, D, BN, TILES, FB, 1, FORMAT, S, EVEN, AHEAD, True)
     # Through memory, and not from layout to layout: then a thread folds all ranks of a feature.
-    y_at = (scratch_ptr + tl.program_id(0) * STRIDE + A * WORDS).to(tl.pointer_type(tl.float32), bitcast=True)
-    tl.store(y_at + ranks[:, None] * BN + tl.arange(0, BN)[None, :], y)
+    part_ptr = (own_ptr + A * WORDS).to(tl.pointer_type(tl.float32), bitcast=True)
+    column = tl.arange(0, 8)[None, :]
+    tl.store(part_ptr + r[:, None] * TILES + column, weight[:, None] * y, of_a_tile(TILES))
     tl.debug_barrier()
-    acc = tl.zeros([BN], tl.float32)
-    for k in tl.static_range(A):
-        acc = acc + tl.load(y_at + k * BN + tl.arange(0, BN))
-    tl.store(y_ptr + n, tl.load(x_ptr + n, n < D, 0.0) + acc, n < D)
+    acc = tl.zeros([BN, 8], tl.float32)
+    for rank in tl.static_range(A):
+        row = rank * BN + tl.arange(0, BN)[:, None]
+        acc = acc + tl.load(part_ptr + row * TILES + column, of_a_tile(TILES), 0.0)
+    tl.store(y_ptr + y_at, before + acc, live)

@@ -1,7 +1,6 @@
 """One token's way into the experts: norm, router logits, and the normed row quantised.      x [D] f32
 Promised order: as norm, router_logits and quantize, one after another; every program norms the row for itself."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,10 +13,9 @@ from exactmoe.kernels.dependent import DEPENDENT, finish_wait, release_next
 from exactmoe.kernels.errors import require
 from exactmoe.kernels.formats import BLOCK
 from exactmoe.kernels.launch import FAITHFUL
-from exactmoe.kernels.matvec import Norm, block_index, load_row
+from exactmoe.kernels.matvec import Norm, block_index, load_norm, load_row
 from exactmoe.kernels.numerics import INF_BITS, exponent, magnitude, nan_where, pow2, round_even
 from exactmoe.kernels.packed import operand_words, store_operand
-from exactmoe.kernels.prefetch import prefetch, spans
 from exactmoe.kernels.router import RouterWeight, router_bits
 from exactmoe.kernels.tensors import require_f32, slices
 
@@ -29,8 +27,8 @@ class Routed(NamedTuple):
     operand: Tensor  # i32, the normed row as kernels.packed describes it
 
 
-def decode_router(x: Tensor, norm: Norm, weight: RouterWeight, profile: str, later: Sequence[Tensor] = ()) -> Routed:
-    """Router logits [E] of the normed row x [D], and the row's operand; `later` is fetched ahead.
+def decode_router(x: Tensor, norm: Norm, weight: RouterWeight, profile: str) -> Routed:
+    """Router logits [E] of the normed row x [D], and the row's operand.
 
     The logits are bit-equal to parity.reference.decode_router.decode_router."""
     E, D = weight.q.shape
@@ -43,20 +41,18 @@ def decode_router(x: Tensor, norm: Norm, weight: RouterWeight, profile: str, lat
         torch.empty(operand_words(D, slices(profile)), dtype=torch.int32, device=x.device),
     )
     BE, warps = tiles.decode_router(E)
-    ahead = spans(later)
     _decode_router_kernel[(triton.cdiv(E, BE) + 1,)](
-        x, norm.weight, norm.eps, *weight, *out, *ahead[:2],
+        x, norm.weight, norm.eps, *weight, *out,
         E=E, NB=NB, NB2=triton.next_power_of_2(NB), BITS=router_bits(D)[0], S=slices(profile), BE=BE,
-        LATER=ahead[2], LATER2=ahead[3], WARPS=warps, num_warps=warps, **DEPENDENT, **FAITHFUL,
+        num_warps=warps, **DEPENDENT, **FAITHFUL,
     )  # fmt: skip
     return out
 
 
 @triton.jit
 def _decode_router_kernel(
-    x_ptr, norm_ptr, eps, w_ptr, scale_ptr, logits_ptr, operand_ptr, later_ptr, later2_ptr,
+    x_ptr, norm_ptr, eps, w_ptr, scale_ptr, logits_ptr, operand_ptr,
     E: tl.constexpr, NB: tl.constexpr, NB2: tl.constexpr, BITS: tl.constexpr, S: tl.constexpr, BE: tl.constexpr,
-    LATER: tl.constexpr, LATER2: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     D: tl.constexpr = NB * 256
     first = tl.program_id(0) * BE
@@ -64,14 +60,15 @@ def _decode_router_kernel(
         j = block_index(NB2)
         live = j < D
         fetched = ()  # type: tuple[tl.tensor, ...]
+        scales = ()  # type: tuple[tl.tensor, ...]
         for i in tl.static_range(BE):
             e = tl.minimum(first + i, E - 1)
             fetched = fetched + (tl.load(w_ptr + e.to(tl.int64) * D + j, live, 0),)  # noqa: RUF005 - Triton has no *
-        prefetch(later_ptr, LATER, tl.program_id(0), (E + BE - 1) // BE, 32 * WARPS)
-        prefetch(later2_ptr, LATER2, tl.program_id(0), (E + BE - 1) // BE, 32 * WARPS)
+            scales = scales + (tl.load(scale_ptr + e + tl.zeros([1], tl.int32)),)  # noqa: RUF005
+        norm = load_norm(norm_ptr, NB, NB2)
         finish_wait()
         release_next()
-        x = load_row(x_ptr, norm_ptr, eps, NB, NB2)
+        x = load_row(x_ptr, norm, eps, NB, NB2)
         top = tl.max(magnitude(x))
         bad = top >= INF_BITS
         ex = tl.where(bad, 0, tl.maximum(exponent(top), -100)) + tl.zeros([1, 1], tl.int32)
@@ -80,10 +77,11 @@ def _decode_router_kernel(
             e = first + i + tl.zeros([1], tl.int32)
             total = tl.sum(fixed * fetched[i].to(tl.int64)).to(tl.float32)
             down = pow2(tl.where(bad, 0, tl.maximum(exponent(top), -100)) + tl.zeros([1], tl.int32) + 1 - BITS)
-            logit = (total * down) * tl.load(scale_ptr + e, e < E, 0.0)
+            logit = (total * down) * scales[i]
             tl.store(logits_ptr + e, nan_where(bad, logit), e < E)
     else:
+        norm = load_norm(norm_ptr, NB, NB2)
         finish_wait()
         release_next()
-        x = load_row(x_ptr, norm_ptr, eps, NB, NB2)
+        x = load_row(x_ptr, norm, eps, NB, NB2)
         store_operand(x, tl.zeros([NB2], tl.int32), tl.arange(0, NB2), operand_ptr, NB, S, True)

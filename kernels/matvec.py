@@ -17,13 +17,14 @@ from exactmoe.kernels.dependent import DEPENDENT, finish_wait, release_next
 from exactmoe.kernels.errors import require
 from exactmoe.kernels.formats import BLOCK
 from exactmoe.kernels.launch import FAITHFUL
-from exactmoe.kernels.numerics import fixed_point_23, inverse_rms_of, magnitude
+from exactmoe.kernels.numerics import bits_of, fixed_point_23, from_bits, inverse_rms_of, magnitude
 from exactmoe.kernels.packed import (
     Q4_K,
     PackedMatrix,
     block_product,
     load_block,
-    of_lanes,
+    load_head,
+    load_operand,
     operand_at,
     operand_slices,
     operand_stride,
@@ -64,22 +65,26 @@ def matvec(
     y = torch.empty(N, dtype=torch.float32, device=x.device)
     first, last = weights[0], weights[-1]
     tile = tiles.matvec(N, K // BLOCK)
-    counts = [triton.cdiv(w.n, tile.rows) for w in weights]
+    parts = parts_of(K // BLOCK)
+    counts = [triton.cdiv(w.n, tile.rows * tile.tiles) for w in weights]
     programs = min(sum(counts), tile.programs) if len(weights) == 1 else sum(counts)
-    looping = programs < sum(counts)
-    parts = tile.parts if K // BLOCK % tile.parts == 0 and not looping else 1
     words = 0 if ready else operand_stride(K, slices(profile))
-    own = words + (tile.rows * (K // BLOCK) if parts > 1 else 0)
-    scratch = torch.empty(programs, own, dtype=torch.int32, device=x.device) if own else None
+    scratch = torch.empty(programs, words, dtype=torch.int32, device=x.device) if words else None
     _matvec_kernel[(programs,)](
         x, norm.weight if norm else None, norm.eps if norm else 0.0, residual, y, scratch,
         *first.planes, *last.planes,
         NB=K // BLOCK, NB2=triton.next_power_of_2(K // BLOCK), N=first.n, N2=last.n if len(weights) == 2 else 0,
         FORMAT=first.format.ggml_id, FORMAT2=last.format.ggml_id, S=slices(profile), WORDS=words,
-        READY=ready, BN=tile.rows, PARTS=parts, LOOP=looping, AHEAD=min(K // BLOCK // parts, tile.ahead),
+        READY=ready, BN=tile.rows, PARTS=parts, TILES=tile.tiles, LOOP=programs < sum(counts), AHEAD=tile.ahead,
+        AHEAD2=min(tile.ahead, tile.tiles) if last.format.name != "Q4_K" else tile.ahead,
         num_warps=tile.warps, **DEPENDENT, **FAITHFUL,
     )  # fmt: skip
     return y
+
+
+def parts_of(blocks: int) -> int:
+    """Runs that a row of `blocks` blocks is taken in: a warp has four groups of eight lanes, a group one run."""
+    return next(parts for parts in (4, 2, 1) if blocks % parts == 0)
 
 
 @triton.jit
@@ -89,13 +94,22 @@ def block_index(NB2: tl.constexpr):
 
 
 @triton.jit
-def load_row(x_ptr, norm_ptr, eps, NB: tl.constexpr, NB2: tl.constexpr):
-    """The row x [NB*256] as f32 [NB2, 256], zero beyond its blocks, RMS-normed where asked."""
+def load_norm(norm_ptr, NB: tl.constexpr, NB2: tl.constexpr):
+    """The weights of a norm as `load_row` takes them: weights, so not to be waited for."""
+    if norm_ptr is None:
+        return None
+    else:
+        j = block_index(NB2)
+        return tl.load(norm_ptr + j, j < NB * 256, 0.0)
+
+
+@triton.jit
+def load_row(x_ptr, weight, eps, NB: tl.constexpr, NB2: tl.constexpr):
+    """The row x [NB*256] as f32 [NB2, 256], zero beyond its blocks, RMS-normed where `load_norm` gave a weight."""
     j = block_index(NB2)
     K: tl.constexpr = NB * 256
     x = tl.load(x_ptr + j, j < K, 0.0)
-    if norm_ptr is not None:
-        weight = tl.load(norm_ptr + j, j < K, 0.0)
+    if weight is not None:
         top = tl.max(magnitude(x)) + tl.zeros([1, 1], tl.int32)  # a number, so that no layout is in the way
         i = fixed_point_23(x, top)
         r = inverse_rms_of(tl.sum(i * i) + tl.zeros([1, 1], tl.int64), top, K, eps)
@@ -104,114 +118,134 @@ def load_row(x_ptr, norm_ptr, eps, NB: tl.constexpr, NB2: tl.constexpr):
 
 
 @triton.jit
-def fetch(planes, start, live, FORMAT: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr):
-    """The first AHEAD blocks of rows that begin with blocks `start` [N], on their way; half as many of Q6_K, whose
-    blocks take twice the registers."""
-    count: tl.constexpr = AHEAD if FORMAT == Q4_K else (AHEAD + 1) // 2
+def fetch(
+    planes, start, n, first: tl.constexpr, count: tl.constexpr,
+    N: tl.constexpr, STEP: tl.constexpr, TILES: tl.constexpr, NB: tl.constexpr, EACH: tl.constexpr,
+    FORMAT: tl.constexpr, EVEN: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """`count` blocks from the `first` on, on their way, of those that `fold` takes: for each of a row's EACH blocks
+    here, that of every tile; with their HEADS or without."""
     fetched = ()  # type: tuple[tl.tensor, ...]
-    for b in tl.static_range(count):
-        fetched = fetched + (load_block(planes, start, live, b, FORMAT, EVEN),)  # noqa: RUF005 - Triton has no *
+    for i in tl.static_range(first, first + count):
+        if i < EACH * TILES:
+            at = start + i % TILES * STEP * NB
+            live = n + i % TILES * STEP < N
+            w = load_block(planes, at, live, i // TILES, FORMAT, EVEN)
+            if HEADS:
+                w = w + load_head(planes, at, live, i // TILES, FORMAT, EVEN)
+            fetched = fetched + (w,)  # noqa: RUF005 - Triton has no *
     return fetched
+
+
+@triton.jit
+def issue(ptr):
+    """Have the loads above on their way before those below.
+
+    The assembler puts a load off until its use, where every one would be waited for, but moves none past a store that
+    may change what it reads. This store, to `ptr`, is never made."""
+    tl.store(ptr, 0.0, tl.program_id(1) > 0)
+
+
+@triton.jit
+def load_operands(x, ptr, NB: tl.constexpr, EACH: tl.constexpr, FORMAT: tl.constexpr, S: tl.constexpr):
+    """The first EACH blocks of `operand_at`'s `x`; the first of them, without which `fold` cannot begin, last."""
+    loaded = ()  # type: tuple[tl.tensor, ...]
+    for b in tl.static_range(EACH - 1, 0, -1):
+        loaded = (load_operand(x, b, NB, FORMAT, S),) + loaded  # noqa: RUF005
+    issue(ptr)
+    return (load_operand(x, 0, NB, FORMAT, S),) + loaded  # noqa: RUF005
 
 
 @triton.jit
 def fold(
-    fetched, planes, start, live, x,
-    NB: tl.constexpr, FORMAT: tl.constexpr, S: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr,
+    fetched, planes, start, n, x,
+    N: tl.constexpr, STEP: tl.constexpr, TILES: tl.constexpr, NB: tl.constexpr, PARTS: tl.constexpr,
+    FORMAT: tl.constexpr, S: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """y [N] of rows of NB blocks from `start` on against `operand_at`'s `x`: block products, left to right.
+    """y [M // PARTS, 8] of rows against `load_operands`' x: their block products, left to right. Column t is tile t's.
 
-    The first blocks are `fetched`; each one used makes room for one more."""
-    acc = tl.zeros([start.shape[0], 1], tl.float32)
-    for b in tl.static_range(NB):
-        acc = acc + block_product(fetched[b], planes, start, live, x, b, NB, FORMAT, S, EVEN)
-        fetched = _fetch_more(fetched, planes, start, live, b, NB, FORMAT, EVEN, AHEAD)
-    return of_lanes(acc)
-
-
-@triton.jit
-def _fetch_more(
-    fetched, planes, start, live,
-    b: tl.constexpr, BLOCKS: tl.constexpr, FORMAT: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr,
-):  # fmt: skip
-    """`fetched` and, once block `b` is used, the next of BLOCKS that is not among them."""
-    count: tl.constexpr = AHEAD if FORMAT == Q4_K else (AHEAD + 1) // 2
-    if b + count < BLOCKS:
-        fetched = fetched + (load_block(planes, start, live, b + count, FORMAT, EVEN),)  # noqa: RUF005
-    return fetched
-
-
-@triton.jit
-def _fold_parts(
-    fetched, planes, start, live, x, parts_ptr,
-    NB: tl.constexpr, PARTS: tl.constexpr, FORMAT: tl.constexpr, S: tl.constexpr, EVEN: tl.constexpr,
-    AHEAD: tl.constexpr,
-):  # fmt: skip
-    """As `fold`, of N rows in PARTS runs of NB/PARTS blocks that lie one below the other in `start`, for more warps to
-    share. The products meet at `parts_ptr` [N, NB] and are folded there, in the one order."""
-    N: tl.constexpr = start.shape[0] // PARTS
-    each: tl.constexpr = NB // PARTS
+    M runs of NB // PARTS blocks begin with blocks `start` [M], i64, of rows `n` [M]; PARTS of them, one behind the
+    other, are a row. Tile t's are t * STEP rows further on; there are at most eight. What is not less than N is no
+    row. The first AHEAD blocks are `fetched`; each one used makes room for one more."""
+    EACH: tl.constexpr = NB // PARTS
+    tl.static_assert(TILES <= 8)
     lane = tl.arange(0, 8)[None, :]
-    r = tl.arange(0, N * PARTS)[:, None]
-    held = tl.zeros([N * PARTS, 8], tl.float32)
-    for b in tl.static_range(each):
-        held = tl.where(lane == b % 8, block_product(fetched[b], planes, start, live, x, b, NB, FORMAT, S, EVEN), held)
-        fetched = _fetch_more(fetched, planes, start, live, b, each, FORMAT, EVEN, AHEAD)
-        if b % 8 == 7 or b == each - 1:  # every lane holds another block's
-            at = r % N * NB + r // N * each + b // 8 * 8 + lane
-            tl.store(parts_ptr + at, held, (lane + b // 8 * 8 < each) & (r < N * PARTS))
-    tl.debug_barrier()
-    acc = tl.zeros([N], tl.float32)
-    for b in tl.static_range(NB):
-        acc = acc + tl.load(parts_ptr + tl.arange(0, N) * NB + b)
+    products = ()  # type: tuple[tl.tensor, ...]
+    for b in tl.static_range(EACH):
+        held = tl.zeros([start.shape[0], 8], tl.float32)  # every lane has the product, and keeps that of its own tile
+        for t in tl.static_range(TILES):
+            w = fetched[b * TILES + t]
+            if not HEADS:
+                w = w + load_head(planes, start + t * STEP * NB, n + t * STEP < N, b, FORMAT, EVEN)
+            held = tl.where(lane == t, block_product(w, x[b], FORMAT, S), held)
+            fetched = fetched + fetch(
+                planes, start, n, b * TILES + t + AHEAD, 1, N, STEP, TILES, NB, EACH, FORMAT, EVEN, HEADS
+            )
+        products = products + (held,)  # noqa: RUF005
+    part = tl.arange(0, PARTS)[None, :, None]
+    acc = tl.zeros([start.shape[0] // PARTS, 8], tl.float32)
+    for k in tl.static_range(NB):
+        bits = tl.reshape(bits_of(products[k % EACH]), [start.shape[0] // PARTS, PARTS, 8])
+        acc = acc + from_bits(tl.sum(tl.where(part == k // EACH, bits, 0), axis=1))
     return acc
 
 
 @triton.jit
-def _segment(
-    pid, planes, x_ptr, norm_ptr, eps, residual_ptr, y_ptr, at_ptr, parts_ptr,
-    NB: tl.constexpr, NB2: tl.constexpr, N: tl.constexpr, FORMAT: tl.constexpr, S: tl.constexpr, READY: tl.constexpr,
-    BN: tl.constexpr, PARTS: tl.constexpr, LOOP: tl.constexpr, AHEAD: tl.constexpr,
-):  # fmt: skip
-    """Rows of one matrix; its first tile is `pid`."""
-    EVEN: tl.constexpr = N % BN == 0
-    r = tl.arange(0, BN * PARTS)
-    skip = r // BN * (NB // PARTS)
-    n = pid * BN + r % BN
-    if not LOOP:
-        fetched = fetch(planes, n.to(tl.int64) * NB + skip, n < N, FORMAT, EVEN, AHEAD)
-    finish_wait()
-    release_next()
-    if not READY:
-        x = load_row(x_ptr, norm_ptr, eps, NB, NB2)
-        store_operand(x, tl.zeros([NB2], tl.int32), tl.arange(0, NB2), at_ptr, NB, S, FORMAT == Q4_K)
-        tl.debug_barrier()
-    if LOOP:
-        operand = operand_at(at_ptr + tl.zeros([1], tl.int32), 0, NB, S)
-        for tile in range(pid, tl.cdiv(N, BN), tl.num_programs(0)):
-            n = tile * BN + tl.arange(0, BN)
-            start = n.to(tl.int64) * NB
-            fetched = fetch(planes, start, n < N, FORMAT, EVEN, AHEAD)
-            tl.debug_barrier()  # or the assembler puts each fetch off until its use
-            y = fold(fetched, planes, start, n < N, operand, NB, FORMAT, S, EVEN, AHEAD)
-            _store(y, n, n < N, residual_ptr, y_ptr)
-    elif PARTS == 1:
-        operand = operand_at(at_ptr + tl.zeros([1], tl.int32), 0, NB, S)
-        y = fold(fetched, planes, n.to(tl.int64) * NB, n < N, operand, NB, FORMAT, S, EVEN, AHEAD)
-        _store(y, n, n < N, residual_ptr, y_ptr)
-    else:
-        operand = operand_at(at_ptr + tl.zeros([1], tl.int32), skip, NB, S)
-        start = n.to(tl.int64) * NB + skip
-        y = _fold_parts(fetched, planes, start, n < N, operand, parts_ptr, NB, PARTS, FORMAT, S, EVEN, AHEAD)
-        n = pid * BN + tl.arange(0, BN)
-        _store(y, n, n < N, residual_ptr, y_ptr)
+def tile_rows(first, M: tl.constexpr, STEP: tl.constexpr):
+    """Which rows `fold`'s y [M, 8] is of, where tile 0 begins with row `first`."""
+    return first + tl.arange(0, M)[:, None] + tl.arange(0, 8)[None, :] * STEP
 
 
 @triton.jit
-def _store(acc, n, live, residual_ptr, y_ptr):
-    if residual_ptr is not None:
-        acc = tl.load(residual_ptr + n, live, 0.0) + acc
-    tl.store(y_ptr + n, acc, live)
+def of_a_tile(TILES: tl.constexpr):
+    """Which columns [1, 8] of `fold`'s y are of a tile."""
+    return (tl.arange(0, 8) < TILES)[None, :]
+
+
+@triton.jit
+def _segment(
+    pid, programs, planes, x_ptr, norm_ptr, eps, residual_ptr, y_ptr, at_ptr,
+    NB: tl.constexpr, NB2: tl.constexpr, N: tl.constexpr, FORMAT: tl.constexpr, S: tl.constexpr, READY: tl.constexpr,
+    BN: tl.constexpr, PARTS: tl.constexpr, TILES: tl.constexpr, LOOP: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """Rows of one matrix, from the `pid`th BN * TILES on."""
+    EVEN: tl.constexpr = N % (BN * TILES) == 0
+    EACH: tl.constexpr = NB // PARTS
+    r = tl.arange(0, BN * PARTS)
+    skip = r % PARTS * EACH
+    n = pid * (BN * TILES) + r // PARTS
+    start = n.to(tl.int64) * NB + skip
+    if not LOOP:
+        fetched = fetch(planes, start, n, 0, AHEAD, N, BN, TILES, NB, EACH, FORMAT, EVEN, READY)
+    norm = load_norm(norm_ptr, NB, NB2)
+    finish_wait()
+    release_next()
+    if not READY:
+        x = load_row(x_ptr, norm, eps, NB, NB2)
+        store_operand(x, tl.zeros([NB2], tl.int32), tl.arange(0, NB2), at_ptr, NB, S, FORMAT == Q4_K)
+        tl.debug_barrier()
+    operand = operand_at(at_ptr, skip, NB, S)
+    if LOOP:
+        tl.static_assert(residual_ptr is None)
+        operands = load_operands(operand, y_ptr, NB, EACH, FORMAT, S)
+        for i in range(pid, tl.cdiv(N, BN * TILES), programs):
+            n = i * (BN * TILES) + r // PARTS
+            start = n.to(tl.int64) * NB + skip
+            fetched = fetch(planes, start, n, 0, AHEAD, N, BN, TILES, NB, EACH, FORMAT, EVEN, READY)
+            tl.debug_barrier()
+            y = fold(fetched, planes, start, n, operands, N, BN, TILES, NB, PARTS, FORMAT, S, EVEN, AHEAD, READY)
+            at = tile_rows(i * (BN * TILES), BN, BN)
+            tl.store(y_ptr + at, y, of_a_tile(TILES) & (at < N))
+    else:
+        at = tile_rows(pid * (BN * TILES), BN, BN)
+        live = of_a_tile(TILES) & (at < N)
+        if residual_ptr is not None:
+            before = tl.load(residual_ptr + at, live, 0.0)
+        operands = load_operands(operand, y_ptr, NB, EACH, FORMAT, S)
+        y = fold(fetched, planes, start, n, operands, N, BN, TILES, NB, PARTS, FORMAT, S, EVEN, AHEAD, READY)
+        if residual_ptr is not None:
+            y = before + y
+        tl.store(y_ptr + at, y, live)
 
 
 @triton.jit
@@ -220,27 +254,24 @@ def _matvec_kernel(
     words_ptr, high_ptr, scales_ptr, d_ptr, words2_ptr, high2_ptr, scales2_ptr, d2_ptr,
     NB: tl.constexpr, NB2: tl.constexpr, N: tl.constexpr, N2: tl.constexpr,
     FORMAT: tl.constexpr, FORMAT2: tl.constexpr, S: tl.constexpr, WORDS: tl.constexpr, READY: tl.constexpr,
-    BN: tl.constexpr, PARTS: tl.constexpr, LOOP: tl.constexpr, AHEAD: tl.constexpr,
+    BN: tl.constexpr, PARTS: tl.constexpr, TILES: tl.constexpr, LOOP: tl.constexpr, AHEAD: tl.constexpr,
+    AHEAD2: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     planes = (words_ptr, high_ptr, scales_ptr, d_ptr)
     at_ptr = x_ptr
-    parts_ptr = None
-    if not READY or PARTS > 1:
-        own_ptr = scratch_ptr + pid * (WORDS + BN * NB * (PARTS > 1))
-        parts_ptr = (own_ptr + WORDS).to(tl.pointer_type(tl.float32), bitcast=True)
-        if not READY:
-            at_ptr = own_ptr
-    tiles_before: tl.constexpr = (N + BN - 1) // BN
+    if not READY:
+        at_ptr = scratch_ptr + pid * WORDS
+    tiles_before: tl.constexpr = (N + BN * TILES - 1) // (BN * TILES)
     if N2 == 0 or pid < tiles_before:
         _segment(
-            pid, planes, x_ptr, norm_ptr, eps, residual_ptr, y_ptr, at_ptr, parts_ptr,
-            NB, NB2, N, FORMAT, S, READY, BN, PARTS, LOOP, AHEAD,
+            pid, tl.num_programs(0), planes, x_ptr, norm_ptr, eps, residual_ptr, y_ptr, at_ptr,
+            NB, NB2, N, FORMAT, S, READY, BN, PARTS, TILES, LOOP, AHEAD,
         )  # fmt: skip
     else:
         tl.static_assert(residual_ptr is None)
         planes2 = (words2_ptr, high2_ptr, scales2_ptr, d2_ptr)
         _segment(
-            pid - tiles_before, planes2, x_ptr, norm_ptr, eps, None, y_ptr + N, at_ptr, parts_ptr,
-            NB, NB2, N2, FORMAT2, S, READY, BN, PARTS, LOOP, AHEAD,
+            pid - tiles_before, 0, planes2, x_ptr, norm_ptr, eps, None, y_ptr + N, at_ptr,
+            NB, NB2, N2, FORMAT2, S, READY, BN, PARTS, TILES, LOOP, AHEAD2,
         )  # fmt: skip

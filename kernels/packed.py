@@ -22,7 +22,7 @@ from torch import Tensor
 from exactmoe.kernels.errors import require
 from exactmoe.kernels.formats import BLOCK, QuantFormat, executable_format
 from exactmoe.kernels.launch import interpreting
-from exactmoe.kernels.numerics import bits_of, from_bits, quantize_8, quantize_15
+from exactmoe.kernels.numerics import quantize_8, quantize_15
 from exactmoe.kernels.tensors import QuantMatrix
 
 _INTERPRETED = tl.constexpr(interpreting())
@@ -150,7 +150,15 @@ def store_operand(x, start, block, at_ptr, NB: tl.constexpr, S: tl.constexpr, SU
         _store_slice(hi, start, block, at_ptr, NB, SUMS)
         _store_slice(v - 128 * hi, start, block, at_ptr + 68 * NB, NB, SUMS)
     scale_ptr = (at_ptr + 68 * S * NB).to(tl.pointer_type(tl.float32), bitcast=True)
-    tl.store(scale_ptr + start + block, scale, block < NB)
+    store_of_rows(scale_ptr + start + block, scale, block < NB)
+
+
+@triton.jit
+def store_of_rows(ptr, value, live):
+    """Store `value` [M], made of rows, at `ptr` [M]: as a row itself, or it would go to another layout first."""
+    i = tl.arange(0, 32)[None, :]
+    at = ptr[:, None] + i
+    tl.store(at, tl.broadcast_to(value[:, None], at.shape), live[:, None] & (i == 0))
 
 
 @triton.jit
@@ -162,12 +170,15 @@ def _store_slice(q, start, block, at_ptr, NB: tl.constexpr, SUMS: tl.constexpr):
     if SUMS:
         sums = tl.sum(tl.reshape(q, [q.shape[0], 8, 32]), axis=2)
         sum_ptr = (at_ptr + 64 * NB).to(tl.pointer_type(tl.int16), bitcast=True)
-        tl.store(sum_ptr + start * 2 + at * 8 + tl.arange(0, 8)[None, :], sums.to(tl.int16), live)
+        # Four times over, as a row of 32: then they need not go to another layout.
+        i = tl.arange(0, 32)[None, :]
+        again = tl.reshape(tl.broadcast_to(sums[:, :, None], [q.shape[0], 8, 4]), [q.shape[0], 32])
+        tl.store(sum_ptr + start * 2 + at * 8 + i // 4, again.to(tl.int16), live & (i % 4 == 0))
 
 
 @triton.jit
 def load_block(planes, start, live, b: tl.constexpr, FORMAT: tl.constexpr, EVEN: tl.constexpr):
-    """Blocks `start` [N] + b of the weights, i64, as a tuple for `block_product`; nothing is awaited yet.
+    """Blocks `start` [N] + b of the weights, i64, without `load_head`, as a tuple; nothing is awaited yet.
 
     A block is 32 words in the order of memory, so that its eight lanes of four lie in one warp; what all lanes of a row
     need, each loads for itself."""
@@ -203,11 +214,13 @@ def _word(x, which):
 
 
 @triton.jit
-def _load_head(planes, start, live, b: tl.constexpr, EVEN: tl.constexpr):
-    """The first four words of Q4_K blocks, in every lane. `load_block` has fetched their lines; in flight they would
-    take as many registers as the codes."""
-    i = tl.arange(0, 32)[None, :]
-    return _lanes(_load((planes[0] + start * 36 + b * 36)[:, None] + i % 4, live[:, None], EVEN))
+def load_head(planes, start, live, b: tl.constexpr, FORMAT: tl.constexpr, EVEN: tl.constexpr):
+    """What `load_block` leaves out: the first four words of Q4_K blocks, in every lane, as a tuple."""
+    if FORMAT == Q4_K:
+        words_ptr = (planes[0] + start * 36 + b * 36)[:, None]
+        return (_load(words_ptr + tl.arange(0, 32)[None, :] % 4, live[:, None], EVEN),)
+    else:
+        return ()
 
 
 @triton.jit
@@ -217,37 +230,50 @@ def operand_at(ptr, skip, NB: tl.constexpr, S: tl.constexpr):
 
 
 @triton.jit
-def block_product(
-    w, planes, start, live, x,
-    b: tl.constexpr, NB: tl.constexpr, FORMAT: tl.constexpr, S: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
-    """P of block `b`: xd * (d*S - dmin*T) for Q4_K, xd * (d*S) for Q6_K, of `load_block`'s tuple and `operand_at`'s.
+def load_operand(x, b: tl.constexpr, NB: tl.constexpr, FORMAT: tl.constexpr, S: tl.constexpr):
+    """Block `b` of `operand_at`'s operands as a tuple for `block_product`; nothing is awaited yet."""
+    scale = tl.load((x[2] + b).to(tl.pointer_type(tl.float32), bitcast=True))
+    loaded = _load_slice(x[0] + b * 64, x[1] + b * 4, FORMAT)
+    if S == 2:
+        loaded = loaded + _load_slice(x[0] + (68 * NB + b * 64), x[1] + (68 * NB + b * 4), FORMAT)
+    return loaded + (scale,)  # noqa: RUF005 - Triton has no *
+
+
+@triton.jit
+def _load_slice(x_ptr, sums_ptr, FORMAT: tl.constexpr):
+    """Codes of a block and slice as the lanes take them, in two halves; for Q4_K its sums too."""
+    i = tl.arange(0, 32)[None, :]
+    if FORMAT == Q4_K:  # lane u holds bytes 16u..16u+15: sub-blocks u//2*2 in the low nibbles, the next above
+        at = x_ptr[:, None] + i // 8 * 16 + i % 8
+        sums = sums_ptr.to(tl.pointer_type(tl.int64), bitcast=True)
+        return tl.load(at), tl.load(at + 8), tl.load(sums), tl.load(sums + 1)
+    else:
+        at = x_ptr[:, None] + i // 16 * 32 + i % 16
+        return tl.load(at), tl.load(at + 16)
+
+
+@triton.jit
+def block_product(w, x, FORMAT: tl.constexpr, S: tl.constexpr):
+    """P of a block: xd * (d*S - dmin*T) for Q4_K, xd * (d*S) for Q6_K, of the tuples of `load_block` with
+    `load_head`, and of `load_operand`.
 
     It is [N, 8], the same in every lane."""
-    xd = tl.load((x[2] + b).to(tl.pointer_type(tl.float32), bitcast=True))[:, None]
     if FORMAT == Q4_K:
-        scales, mins, d, dmin = _unpack_q4_k(_load_head(planes, start, live, b, EVEN))
-        s, t = _sums_q4_k(_lanes(w[0]), scales, mins, x[0] + b * 64, x[1] + b * 4)
+        scales, mins, d, dmin = _unpack_q4_k(_lanes(w[1]))
+        s, t = _sums_q4_k(_lanes(w[0]), scales, mins, x[0], x[1], x[2], x[3])
         if S == 2:
-            low = 68 * NB
-            s_lo, t_lo = _sums_q4_k(_lanes(w[0]), scales, mins, x[0] + low + b * 64, x[1] + low + b * 4)
+            s_lo, t_lo = _sums_q4_k(_lanes(w[0]), scales, mins, x[4], x[5], x[6], x[7])
             s = 128.0 * s + s_lo
             t = 128.0 * t + t_lo
-        return xd * (d * s[:, None] - dmin * t)
+        return x[4 * S][:, None] * (d * s[:, None] - dmin * t)
     else:
         u = tl.arange(0, 8)[None, :]
         # Four scales a word: that of the lane's row of 32 is byte u//2%2, that of two rows on the next but one.
         scales = _word(_lanes(w[2]), (u // 4 * 2 + u % 2)[:, :, None])
-        s = _sum_q6_k(w, scales, x[0] + b * 64)
+        s = _sum_q6_k(w, scales, x[0], x[1])
         if S == 2:
-            s = 128.0 * s + _sum_q6_k(w, scales, x[0] + 68 * NB + b * 64)
-        return tl.broadcast_to(xd * (w[3].to(tl.float32) * s[:, None]), scales.shape)
-
-
-@triton.jit
-def of_lanes(y):
-    """[N] of f32 [N, 8] that are the same in every lane."""
-    return from_bits(tl.max(bits_of(y), axis=1))
+            s = 128.0 * s + _sum_q6_k(w, scales, x[2], x[3])
+        return tl.broadcast_to(x[2 * S][:, None] * (w[3].to(tl.float32) * s[:, None]), scales.shape)
 
 
 @triton.jit
@@ -266,34 +292,27 @@ def _unpack_q4_k(head):
 
 
 @triton.jit
-def _sums_q4_k(words, scales, mins, x_ptr, sums_ptr):
+def _sums_q4_k(words, scales, mins, x_low, x_high, first, last):
     """f32 of the exact sums over one block and slice: of sc*q*x, [N], and of mn*x, [N, 8], the same in every lane."""
-    i = tl.arange(0, 32)[
-        None, :
-    ]  # lane u holds bytes 16u..16u+15: sub-blocks u//2*2 in the low nibbles, the next above
-    at = x_ptr[:, None] + i // 8 * 16 + i % 8
-    low = tl.sum(dp4a(words & _NIBBLES, _lanes(tl.load(at)), 0), axis=2)
-    high = tl.sum(dp4a((words >> 4) & _NIBBLES, _lanes(tl.load(at + 8)), 0), axis=2)
+    low = tl.sum(dp4a(words & _NIBBLES, _lanes(x_low), 0), axis=2)
+    high = tl.sum(dp4a((words >> 4) & _NIBBLES, _lanes(x_high), 0), axis=2)
     u = tl.arange(0, 8)[None, :]
     pair = tl.where(u < 4, scales[0], scales[1]) >> (u // 2 % 2 * 16)
     s = tl.sum((pair & 255) * low + ((pair >> 8) & 255) * high, axis=1)
-    sums = sums_ptr.to(tl.pointer_type(tl.int64), bitcast=True)
-    first, last = tl.load(sums)[:, None], tl.load(sums + 1)[:, None]
+    first, last = first[:, None], last[:, None]
     t = dp2a((first >> 32).to(tl.int32), mins[0], dp2a(first.to(tl.int32), mins[0], 0, 0), 1)
     t = dp2a((last >> 32).to(tl.int32), mins[1], dp2a(last.to(tl.int32), mins[1], t, 0), 1)
     return s.to(tl.float32), t.to(tl.float32)
 
 
 @triton.jit
-def _sum_q6_k(w, scales, x_ptr):
+def _sum_q6_k(w, scales, x_first, x_second):
     """f32 of the exact sum of sc*(q-32)*x over one block and slice, [N]; `scales` [N, 8] hold each lane's."""
     low, high = _lanes(w[0]), _lanes(w[1])
-    i = tl.arange(0, 32)[None, :]
-    at = x_ptr[:, None] + i // 16 * 32 + i % 16
     u = tl.arange(0, 8)[None, :]
     up = u // 2 % 2 * 2  # the lane's row of 32 lies this many bits further up in `high`
-    s = _scaled(low << 2, high << (6 - up)[:, :, None], tl.load(at), scales << (24 - up * 4))
-    s += _scaled(low >> 2, high << (2 - up)[:, :, None], tl.load(at + 16), scales << (8 - up * 4))
+    s = _scaled(low << 2, high << (6 - up)[:, :, None], x_first, scales << (24 - up * 4))
+    s += _scaled(low >> 2, high << (2 - up)[:, :, None], x_second, scales << (8 - up * 4))
     return (tl.sum(s, axis=1) >> 2).to(tl.float32)
 
 

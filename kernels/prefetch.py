@@ -32,8 +32,21 @@ def prefetch(ptr, BYTES: tl.constexpr, part, PARTS: tl.constexpr, THREADS: tl.co
         share: tl.constexpr = (lines + PARTS - 1) // PARTS
         for i in tl.static_range(0, share, THREADS):
             line = tl.minimum(part * share + i + tl.arange(0, THREADS), lines - 1)
-            byte_ptr = ptr.to(tl.pointer_type(tl.int8), bitcast=True) + line.to(tl.int64) * _LINE
-            tl.inline_asm_elementwise(
-                "prefetch.global.L2 [$1]; // dummy $0", "=r,l", [byte_ptr.to(tl.int64)], dtype=tl.int32,
-                is_pure=False, pack=1,
-            )  # fmt: skip
+            _ask(ptr.to(tl.pointer_type(tl.int8), bitcast=True) + line.to(tl.int64) * _LINE)
+
+
+@triton.jit
+def prefetch_rows(ptr, s, last, g, G: tl.constexpr, C: tl.constexpr):
+    """Ask for rows `s`, up to row `last`, of head `g` of G, of C elements of two bytes."""
+    if not _INTERPRETED:
+        row_ptr = ptr + (tl.minimum(s, last).to(tl.int64) * G + g) * C
+        for at in tl.static_range(0, C, _LINE // 2):
+            _ask(row_ptr + at)
+
+
+@triton.jit
+def _ask(ptr):
+    """Ask for the lines at `ptr`."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; // dummy $0", "=r,l", [ptr.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )

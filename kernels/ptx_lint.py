@@ -479,7 +479,7 @@ def _decode_ops(
     """The ops of a decode step."""
     from exactmoe.kernels.argmax import choose
     from exactmoe.kernels.decode_attention import decode_attention
-    from exactmoe.kernels.decode_experts import experts_down, experts_up
+    from exactmoe.kernels.decode_experts import Activated, experts_down, experts_up
     from exactmoe.kernels.decode_router import Routed, decode_router
     from exactmoe.kernels.kv_cache import KVLayer
     from exactmoe.kernels.matvec import Norm, matvec
@@ -512,12 +512,13 @@ def _decode_ops(
         for x in (f32(H * C), torch.empty(operand_words(H * C, slices(profile)), dtype=torch.int32)):
             yield partial(matvec, [dense], x, profile, None, f32(D))
         yield partial(matvec, [packed("Q6_K", D, 37 * V)], f32(D), profile, norm)
-        yield partial(decode_router, f32(D), norm, router, profile, later)
+        yield partial(decode_router, f32(D), norm, router, profile)
+        activated = Activated(f32(A, F), f32(A), torch.empty(A, dtype=torch.int32))
         routed = Routed(f32(E), torch.empty(operand_words(D, slices(profile)), dtype=torch.int32))
         for type_name in EXECUTABLE:
             down = packed(type_name, F, E, D)
             yield partial(experts_up, routed, gate, gate, A, down)
-            yield partial(experts_down, routed, f32(A, F), down, f32(D), profile)
+            yield partial(experts_down, activated, down, f32(D), profile)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -35,14 +35,14 @@ class DecodeAttentionTile(NamedTuple):
 
 
 class MatvecTile(NamedTuple):
-    """One program computes `rows` output features at a time, `ahead` blocks in flight; at most `programs` run. Where it
-    goes through one tile only, the blocks of a row may be shared out in `parts`."""
+    """One program computes `tiles` times `rows` output features, at most eight times, `ahead` blocks in flight; of a
+    single matrix at most `programs` run, and go round."""
 
     rows: int
+    tiles: int
     warps: int
-    programs: int
     ahead: int
-    parts: int = 1
+    programs: int = 1 << 20
 
 
 _MATMUL_INTERPRET = (MatmulTile(16, 1024, 4), MatmulTile(64, 512, 4), MatmulTile(256, 512, 4))
@@ -113,13 +113,18 @@ def digest(tokens: int, width: int) -> tuple[int, int]:
     return 1, 1024
 
 
+def _interpreted(rows: int) -> MatvecTile:
+    return MatvecTile(max(4, min(triton.next_power_of_2(rows) // 2, 2048)), 2, 4, 1)
+
+
 def matvec(rows: int, blocks: int) -> MatvecTile:
     """Tile for `rows` output features of `blocks` blocks each, for one token."""
     if interpreting():
-        return MatvecTile(max(4, min(triton.next_power_of_2(rows), 4096)), 4, 1 << 20, 1)
-    if blocks == 16:  # the output projection of attention: few rows, and nothing to do before its dots
-        return MatvecTile(16, 8, 4 * 132, 8, 2)
-    return MatvecTile(16, 4, 4 * 132, 8)
+        return _interpreted(rows)
+    if rows > 1 << 16:  # the output of the model: a program goes round
+        return MatvecTile(4, 4, 4, 8, 4 * 132)
+    # Eight warps with a row each at a time, and one wave of programs: each norms the whole of x.
+    return MatvecTile(8, max(1, min(8, rows // (8 * 128))), 8, 16)
 
 
 def decode_router(experts: int) -> tuple[int, int]:
@@ -130,20 +135,21 @@ def decode_router(experts: int) -> tuple[int, int]:
 def experts_up(rows: int) -> MatvecTile:
     """Tile for `rows` rows of the gate and as many of the up matrix of each expert, for one token."""
     if interpreting():
-        return MatvecTile(max(4, min(triton.next_power_of_2(rows), 4096)), 4, 0, 1)
-    return MatvecTile(16, 4, 0, 8)
+        return _interpreted(rows)
+    return MatvecTile(8, 6, 8, 12)
 
 
 def experts_down(rows: int) -> MatvecTile:
     """Tile for `rows` rows of the down matrix, each of all chosen experts, for one token."""
     if interpreting():
-        return MatvecTile(max(4, min(triton.next_power_of_2(rows), 4096)), 4, 0, 1)
-    return MatvecTile(16, 8, 0, 4)
+        return _interpreted(rows)
+    return MatvecTile(4, 4, 8, 12)
 
 
-def decode_attention(keys: int, groups: int, width: int) -> DecodeAttentionTile:
-    """Tile for one token over `keys` of `groups` kv heads of `width`; at most 128 keys, or sums leave f32."""
-    tile = max(16, min(triton.next_power_of_2(keys), 128, 16384 // width))
+def decode_attention(keys: int, groups: int, width: int, most: int) -> DecodeAttentionTile:
+    """Tile for one token over `most` of the `keys` of `groups` kv heads of `width`, if not more than a tile has; at
+    most 128 keys, or sums leave f32."""
+    tile = max(16, min(triton.next_power_of_2(min(keys, most)), 128, 16384 // width))
     parts = triton.cdiv(keys, tile)
     if interpreting():
         return DecodeAttentionTile(tile, min(parts, 3), 4)

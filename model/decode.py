@@ -1,9 +1,9 @@
 """The decode step of production: one token of one sequence, on a GPU one CUDA graph.
 
-A layer is six launches while attention has one tile of keys, and seven beyond, so there are two graphs at most. Token
-and position live on the device: a step chooses the next token and moves on by itself."""
+A layer is six launches while attention has one tile of keys, and seven beyond; a small tile is faster than a large one,
+so there are three graphs at most. Token and position live on the device: a step chooses the next token and moves on by
+itself."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,9 +40,8 @@ class Decoder:
         """Run `token` [1] i32 on the device, or the one chosen last, after those in the cache, which grows by one."""
         cache = self._cache
         require(cache.length < cache.capacity, f"the cache is full: {cache.capacity} positions")
-        most = min(keys_of_one_launch(cache.layer(0)), cache.capacity)
-        if cache.length >= most:
-            most = cache.capacity
+        one = keys_of_one_launch(cache.layer(0))
+        most = next((keys for keys in (one // 2, one) if cache.length < keys < cache.capacity), cache.capacity)
         if most not in self._graphs and self._model.device.type == "cuda":
             self._graphs[most] = self._capture(most)
         if self._at != cache.length:
@@ -62,13 +61,12 @@ class Decoder:
         model, weights = self._model, self._model.packed
         x = embed(model.embedding, self.token)[0]  # [D]
         for i, layer in enumerate(weights.layers):
-            after = weights.layers[i + 1].qkv if i + 1 < len(weights.layers) else ()
-            x = self._layer(layer, i, x, [w.storage for w in after], most)
+            x = self._layer(layer, i, x, most)
         self.logits = matvec([weights.output], x, model.profile, weights.output_norm)
         choose(self.logits, self.token, self._position)
 
-    def _layer(self, layer: PackedLayer, i: int, x: Tensor, after: list[Tensor], most: int) -> Tensor:
-        """Layer `i`; while its kernels leave the memory idle, what comes later is fetched, `after` it too."""
+    def _layer(self, layer: PackedLayer, i: int, x: Tensor, most: int) -> Tensor:
+        """Layer `i`; while attention leaves the memory idle, what comes later is fetched."""
         model, cache = self._model, self._cache
         qkv = matvec(layer.qkv, x, model.profile, layer.attn_norm)
         later = (layer.attn_output.storage, layer.router.q)
@@ -78,7 +76,7 @@ class Decoder:
         x = matvec([layer.attn_output], heads if operand is None else operand, model.profile, residual=x)
         return moe_step(
             x, layer.ffn_norm, layer.router, layer.gate, layer.up, layer.down,
-            model.config.n_active, model.profile, after,
+            model.config.n_active, model.profile,
         )  # fmt: skip
 
     def _capture(self, most: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
@@ -99,9 +97,8 @@ class Decoder:
 
 def moe_step(
     x: Tensor, norm: Norm, router: RouterWeight, gate: PackedMatrix, up: PackedMatrix, down: PackedMatrix,
-    top_k: int, profile: str, after: Sequence[Tensor] = (),
+    top_k: int, profile: str,
 ) -> Tensor:  # fmt: skip
-    """x [D] plus the MoE layer of its norm; bit-equal to parity.reference.decode.moe_step. `after` is fetched ahead."""
-    routed = decode_router(x, norm, router, profile, after)
-    h = experts_up(routed, gate, up, top_k, down)
-    return experts_down(routed, h, down, x, profile)
+    """x [D] plus the MoE layer of its norm; bit-equal to parity.reference.decode.moe_step."""
+    routed = decode_router(x, norm, router, profile)
+    return experts_down(experts_up(routed, gate, up, top_k, down), down, x, profile)

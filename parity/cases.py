@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from exactmoe.parity.reference.decode_experts import Activated
 from exactmoe.parity.reference.decode_router import Routed
 from exactmoe.parity.reference.dispatch import Dispatch
 from exactmoe.parity.reference.kv_cache import KVLayer
@@ -22,7 +23,7 @@ from exactmoe.parity.reference.matvec import Norm
 from exactmoe.parity.reference.packed import operand
 from exactmoe.parity.reference.quantize import Activations, quantize
 from exactmoe.parity.reference.rope import RopeTable
-from exactmoe.parity.reference.router import RouterWeight
+from exactmoe.parity.reference.router import RouterWeight, route
 from exactmoe.parity.reference.weights import QuantMatrix
 
 if TYPE_CHECKING:
@@ -759,7 +760,9 @@ class ExpertsDown(Case):
         down = blocks(rng, (self.E, self.D), self.F, self.format, "normal")
         h = floats(rng, (self.A, self.F), "normal")
         x = floats(rng, (self.D,), "normal")
-        return routed(rng, self.E, 256, self.profile, self.data), h, down, x, self.profile
+        logits, _ = Route(1, self.E, 1, self.data).arguments()
+        chosen = route(logits, self.A)
+        return Activated(h, chosen.weight[0], chosen.expert[0]), down, x, self.profile
 
 
 @dataclass(frozen=True)
@@ -1052,8 +1055,8 @@ def tensors(args: tuple[Any, ...], device: "torch.device", packed: bool = False)
 
 
 _KERNEL_HOME = {
-    "Dispatch": "dispatch", "KVLayer": "kv_cache", "Norm": "matvec", "RopeTable": "rope", "Routed": "decode_router",
-    "RouterWeight": "router",
+    "Activated": "decode_experts", "Dispatch": "dispatch", "KVLayer": "kv_cache", "Norm": "matvec", "RopeTable": "rope",
+    "Routed": "decode_router", "RouterWeight": "router",
 }  # fmt: skip
 
 

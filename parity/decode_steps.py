@@ -29,10 +29,15 @@ READS: dict[str, tuple[str, ...]] = {
     "attention": ("q", "k", "v"),
     "post_attn_residual": (RESIDUAL, "attention"),
     "moe_router_logits": ("post_attn_residual",),
+    "moe_router": ("post_attn_residual", "moe_router_logits"),
+    "moe_router_indices": ("post_attn_residual", "moe_router_logits"),
     "moe_expert_swigl": ("post_attn_residual", "moe_router_logits"),
-    "post_ffn_residual": ("post_attn_residual", "moe_router_logits", "moe_expert_swigl"),
+    "post_ffn_residual": ("post_attn_residual", "moe_router", "moe_router_indices", "moe_expert_swigl"),
 }
 """The stages that the kernels of a layer give, in order, and what each reads."""
+
+_ACTIVATED = {"moe_router": "weight", "moe_router_indices": "expert", "moe_expert_swigl": "h"}
+"""The stages that `experts_up` gives, and the names it has for them."""
 
 
 def _order(n_layers: int) -> list[Key]:
@@ -100,15 +105,17 @@ class _Fused:
             at = self.value(np.array([len(past)], np.int32))  # type: ignore[attr-defined]
             read = self.join(given), w.q_norm, w.k_norm, cache.rope, cache.layer(layer), at, profile
             return o.decode_attention(*read).heads
+        if stage == "post_ffn_residual":
+            x, weight, expert, h = given
+            activated = self.activated(h=h, weight=weight, expert=expert)
+            return o.experts_down(activated, w.down, x, profile)
         if stage == "post_attn_residual":
             return o.matvec(w.attn_output, given[1], profile, residual=given[0])
         routed = o.decode_router(given[0], w.ffn_norm, w.router, profile)
         if stage == "moe_router_logits":
             return routed.logits
-        routed = routed._replace(logits=given[1])
-        if stage == "moe_expert_swigl":
-            return o.experts_up(routed, w.gate, w.up, self.n_active)
-        return o.experts_down(routed, given[2], w.down, given[0], profile)
+        activated = o.experts_up(routed._replace(logits=given[1]), w.gate, w.up, self.n_active)
+        return activated._asdict()[_ACTIVATED[stage]]
 
     def split(self, qkv: Any) -> dict[str, Any]:
         """The projections of q, k and v."""
@@ -125,6 +132,10 @@ class _Fused:
         raise NotImplementedError
 
     def fused_layer(self, layer: int) -> _Layer:
+        raise NotImplementedError
+
+    def activated(self, **parts: Any) -> Any:
+        """What `experts_down` takes, of its parts by name."""
         raise NotImplementedError
 
 
@@ -167,6 +178,11 @@ class DecodeReference(_Fused, ReferenceSteps):
         norms = (self._norm(x) for x in (w.attn_norm, w.q_norm, w.k_norm, w.ffn_norm))
         attn, q, k, ffn = norms
         return _Layer(attn, [w.q, w.k, w.v], q, k, [w.attn_output], ffn, self.router(layer), w.gate, w.up, w.down)
+
+    def activated(self, **parts: Any) -> Any:
+        from exactmoe.parity.reference.decode_experts import Activated
+
+        return Activated(**parts)
 
 
 class DecodeSteps(_Fused, TritonSteps):
@@ -216,11 +232,12 @@ class DecodeSteps(_Fused, TritonSteps):
         require(len(heard) == wanted, f"the step called {len(heard)} ops, not {wanted}: its chain is another one")
         stages: dict[Key, Array] = {("embedding", WHOLE_MODEL): self.array(heard[0])}
         for layer in range(self.n_layers):
-            qkv, attention, middle, routed, h, x = heard[1 + 6 * layer :][:6]
+            qkv, attention, middle, routed, activated, x = heard[1 + 6 * layer :][:6]
             parts = {
                 **self.split(qkv), "attention": attention.heads, "post_attn_residual": middle,
-                "moe_router_logits": routed.logits, "moe_expert_swigl": h, "post_ffn_residual": x,
+                "moe_router_logits": routed.logits, "post_ffn_residual": x,
             }  # fmt: skip
+            parts |= {name: getattr(activated, field) for name, field in _ACTIVATED.items()}
             stages |= {(name, layer): self.array(part)[None] for name, part in parts.items()}
         return stages | {("lm_head", WHOLE_MODEL): self.array(heard[-1])[None]}
 
@@ -239,6 +256,11 @@ class DecodeSteps(_Fused, TritonSteps):
     def fused_layer(self, layer: int) -> _Layer:
         w = self.model.packed.layers[layer]
         return _Layer(*w)._replace(attn_output=[w.attn_output])
+
+    def activated(self, **parts: Any) -> Any:
+        from exactmoe.kernels.decode_experts import Activated
+
+        return Activated(**parts)
 
 
 @contextmanager

@@ -529,8 +529,8 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "experts-up-by-id", "experts_up", "decode_experts",
-        "chosen = route(routed.logits[None], top_k).expert",
-        "chosen = route(routed.logits[None], top_k).expert; chosen.sort()",
+        "chosen = route(routed.logits[None], top_k)",
+        "chosen = route(routed.logits[None], top_k); chosen.expert.sort()",
         "rows in the order of the experts in memory",
     ),
     Fault(
@@ -541,20 +541,20 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "experts-down-unweighted", "experts_down", "decode_experts",
-        "combine(out, chosen.weight)",
-        "combine(out, np.ones_like(chosen.weight))",
+        "combine(out, activated.weight[None])",
+        "combine(out, np.ones_like(activated.weight[None]))",
         "the sum over split parts, where the parts are experts",
     ),
     Fault(
         "experts-down-worst-first", "experts_down", "decode_experts",
-        "combine(out, chosen.weight)",
-        "combine(out[::-1].copy(), chosen.weight[:, ::-1].copy())",
+        "combine(out, activated.weight[None])",
+        "combine(out[::-1].copy(), activated.weight[None, ::-1].copy())",
         "a fold in whichever order the experts are done",
     ),
     Fault(
         "experts-down-one-expert-short", "experts_down", "decode_experts",
-        "chosen = route(routed.logits[None], h.shape[0])",
-        "chosen = route(routed.logits[None], h.shape[0]); chosen.weight[:, 1:][:, -1:] = 0",
+        "rows = dispatch(activated.expert[None], down.data.shape[0])",
+        "rows = dispatch(activated.expert[None], down.data.shape[0]); activated.weight[1:][-1:] = 0",
         "the last rank lies beyond a tile of ranks",
     ),
     Fault(

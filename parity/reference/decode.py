@@ -14,5 +14,4 @@ def moe_step(
 ) -> F32:  # fmt: skip
     """x [D] plus the MoE layer of its norm."""
     routed = decode_router(x, norm, router, profile)
-    h = experts_up(routed, gate, up, top_k)
-    return experts_down(routed, h, down, x, profile)
+    return experts_down(experts_up(routed, gate, up, top_k), down, x, profile)

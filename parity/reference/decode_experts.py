@@ -1,5 +1,10 @@
 """One token through its experts.      logits [E] f32, the row x [D] quantised -> h [A, F] -> y [D] f32"""
 
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
 from exactmoe.parity.reference.combine import combine
 from exactmoe.parity.reference.decode_router import Routed
 from exactmoe.parity.reference.dispatch import dispatch
@@ -13,19 +18,26 @@ from exactmoe.parity.reference.swiglu import swiglu
 from exactmoe.parity.reference.weights import QuantMatrix
 
 
-def experts_up(routed: Routed, gate: QuantMatrix, up: QuantMatrix, top_k: int) -> F32:
-    """silu(gate) * up of the `top_k` experts that the logits choose, best first: h [A, F]."""
-    chosen = route(routed.logits[None], top_k).expert
-    rows = dispatch(chosen, routed.logits.size)
+class Activated(NamedTuple):
+    """What `experts_down` takes."""
+
+    h: F32  # [A, F], the chosen experts' rows, best first
+    weight: F32  # [A]
+    expert: NDArray[np.int32]  # [A]
+
+
+def experts_up(routed: Routed, gate: QuantMatrix, up: QuantMatrix, top_k: int) -> Activated:
+    """silu(gate) * up of the `top_k` experts that the logits choose, best first, and the choice."""
+    chosen = route(routed.logits[None], top_k)
+    rows = dispatch(chosen.expert, routed.logits.size)
     a = activations(routed.operand, gate.k)
     g = grouped_matmul(gate, a, rows, top_k)
     u = grouped_matmul(up, a, rows, top_k)
-    return swiglu(g, u)
+    return Activated(swiglu(g, u), chosen.weight[0], chosen.expert[0])
 
 
-def experts_down(routed: Routed, h: F32, down: QuantMatrix, x: F32, profile: str) -> F32:
-    """x [D] plus the experts' outputs of h [A, F], each weighted as the logits choose, best first."""
-    chosen = route(routed.logits[None], h.shape[0])
-    rows = dispatch(chosen.expert, routed.logits.size)
-    out = grouped_matmul(down, quantize(h, profile), rows, 1)
-    return add(x, combine(out, chosen.weight)[0])
+def experts_down(activated: Activated, down: QuantMatrix, x: F32, profile: str) -> F32:
+    """x [D] plus the experts' outputs, each weighted, best first."""
+    rows = dispatch(activated.expert[None], down.data.shape[0])
+    out = grouped_matmul(down, quantize(activated.h, profile), rows, 1)
+    return add(x, combine(out, activated.weight[None])[0])

@@ -13,7 +13,7 @@ from exactmoe.kernels.tiles import MatvecTile
 from exactmoe.parity.cases import Matvec
 
 SMALL = Bench("small", Matvec(40, 512, "Q4_K", "q8_k"), 1, 40 * 288)
-TILES = [MatvecTile(16, 4, 1 << 20, 1), MatvecTile(64, 4, 1 << 20, 2), MatvecTile(8, 4, 2, 1)]
+TILES = [MatvecTile(16, 1, 4, 1), MatvecTile(64, 1, 4, 2), MatvecTile(8, 2, 4, 1, 2)]
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ def test_the_step_that_is_served_is_clean_in_every_stage_it_gives(
 ) -> None:
     evidence = found(file, device, None, profile)
     assert evidence.clean
-    assert evidence.compared == evidence.stages == 2 * 8 + 2
+    assert evidence.compared == evidence.stages == 2 * 10 + 2
 
 
 def test_each_fused_kernel_and_its_twin_make_their_stage_from_what_it_reads(
@@ -72,7 +72,7 @@ PLANTS = {
     "embed": ("embedding", WHOLE_MODEL, lambda out: out * 1.5),
     "decode_attention": ("attention", 0, _turned),
     "decode_router": ("moe_router_logits", 0, lambda out: out._replace(logits=out.logits.roll(1))),
-    "experts_up": ("moe_expert_swigl", 0, lambda out: out.roll(1, 0).contiguous()),
+    "experts_up": ("moe_expert_swigl", 0, lambda out: out._replace(h=out.h.roll(1, 0).contiguous())),
     "experts_down": ("post_ffn_residual", 0, lambda out: -out),
     "matvec": ("q", 0, lambda out: out + 1),
 }
@@ -103,7 +103,7 @@ def test_a_step_whose_chain_is_another_is_refused(
 ) -> None:
     from exactmoe.model.decode import Decoder
 
-    monkeypatch.setattr(Decoder, "_layer", lambda _self, _layer, _i, x, _after, _most: x)
+    monkeypatch.setattr(Decoder, "_layer", lambda _self, _layer, _i, x, _most: x)
     with decode_sides(file, "q8_k", device, None) as (_, suspect), pytest.raises(InvalidInput, match="another one"):
         suspect.trace((), (1,), _All())
 
@@ -119,7 +119,7 @@ def test_a_step_without_a_past_is_one_too(file: GGUFFile, device: torch.device) 
 def test_the_command_takes_the_last_token_as_the_step(model_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["bisect", str(model_file), "--suspect", "decode", "--tokens", "3,141,59,26"]
     assert main(arguments) == 0
-    assert "BISECT: decode: clean, 18 of 18" in capsys.readouterr().out
+    assert "BISECT: decode: clean, 22 of 22" in capsys.readouterr().out
     assert main([*arguments, "--past", "1"]) == 2
     assert main([*arguments, "--stage", "moe_ffn_out@0"]) == 2
     assert "gives no stage moe_ffn_out, but embedding, q, k, v" in capsys.readouterr().err
@@ -131,7 +131,8 @@ def test_the_command_judges_a_fused_kernel_of_ones_own(
     path = tmp_path / "mine.py"
     path.write_text(
         "from exactmoe.kernels.decode_experts import experts_down as ours\n"
-        "def mine(routed, h, down, x, profile):\n    return ours(routed, h.flip(0).contiguous(), down, x, profile)\n"
+        "def mine(activated, down, x, profile):\n"
+        "    return ours(activated._replace(h=activated.h.flip(0).contiguous()), down, x, profile)\n"
     )
     arguments = ["bisect", str(model_file), "--tokens", "3,141,59,26", "--suspect", f"experts_down={path}:mine"]
     assert main([*arguments, "--html", str(tmp_path / "report.html")]) == 1
