@@ -153,7 +153,8 @@ def decode_attention(keys: int, groups: int, width: int, most: int) -> DecodeAtt
     parts = triton.cdiv(keys, tile)
     if interpreting():
         return DecodeAttentionTile(tile, min(parts, 3), 4)
-    return DecodeAttentionTile(tile, min(parts, max(1, 132 // groups)), 8)
+    spread = max(1, 132 // groups)  # where one launch does it, all parts but the first only fetch ahead
+    return DecodeAttentionTile(tile, spread if most <= tile else min(parts, spread), 8)
 
 
 def argmax(columns: int) -> int:
