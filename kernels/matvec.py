@@ -96,16 +96,13 @@ def block_index(NB2: tl.constexpr):
 @triton.jit
 def load_norm(norm_ptr, NB: tl.constexpr, NB2: tl.constexpr):
     """The weights of a norm as `load_row` takes them: weights, so not to be waited for."""
-    if norm_ptr is None:
-        return None
-    else:
-        j = block_index(NB2)
-        return tl.load(norm_ptr + j, j < NB * 256, 0.0)
+    j = block_index(NB2)
+    return tl.load(norm_ptr + j, j < NB * 256, 0.0)
 
 
 @triton.jit
 def load_row(x_ptr, weight, eps, NB: tl.constexpr, NB2: tl.constexpr):
-    """The row x [NB*256] as f32 [NB2, 256], zero beyond its blocks, RMS-normed where `load_norm` gave a weight."""
+    """The row x [NB*256] as f32 [NB2, 256], zero beyond its blocks, RMS-normed unless the weight of `load_norm` is None."""
     j = block_index(NB2)
     K: tl.constexpr = NB * 256
     x = tl.load(x_ptr + j, j < K, 0.0)
@@ -217,7 +214,9 @@ def _segment(
     start = n.to(tl.int64) * NB + skip
     if not LOOP:
         fetched = fetch(planes, start, n, 0, AHEAD, N, BN, TILES, NB, EACH, FORMAT, EVEN, READY)
-    norm = load_norm(norm_ptr, NB, NB2)
+    norm = norm_ptr
+    if norm_ptr is not None:
+        norm = load_norm(norm_ptr, NB, NB2)
     finish_wait()
     release_next()
     if not READY:
