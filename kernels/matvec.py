@@ -102,7 +102,7 @@ def load_norm(norm_ptr, NB: tl.constexpr, NB2: tl.constexpr):
 
 @triton.jit
 def load_row(x_ptr, weight, eps, NB: tl.constexpr, NB2: tl.constexpr):
-    """The row x [NB*256] as f32 [NB2, 256], zero beyond its blocks, RMS-normed unless the weight of `load_norm` is None."""
+    """The row x [NB*256] as f32 [NB2, 256], zero beyond its blocks; RMS-normed, unless the norm's weight is None."""
     j = block_index(NB2)
     K: tl.constexpr = NB * 256
     x = tl.load(x_ptr + j, j < K, 0.0)

@@ -27,6 +27,7 @@ from exactmoe.bench.whole import (
     wholes,
 )
 from exactmoe.cli.main import main
+from exactmoe.kernels.decode_experts import Activated
 from exactmoe.kernels.errors import InvalidInput, MissingEnvironment
 from exactmoe.model import decode, forward
 from exactmoe.model.capacity import WORKSPACE, kv_bytes, needed
@@ -87,7 +88,13 @@ def one_key_less(real: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def negated(real: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda *args, **kwargs: -real(*args, **kwargs)
+    """The op with its result's sign turned: of a tuple of results, the first's."""
+
+    def op(*args: Any, **kwargs: Any) -> Any:
+        out = real(*args, **kwargs)
+        return out._replace(h=-out.h) if isinstance(out, Activated) else -out
+
+    return op
 
 
 @pytest.mark.parametrize(
