@@ -44,10 +44,14 @@ CANDIDATES: dict[str, tuple[str, list[Any]]] = {
     "experts-up": ("experts_up", _matvec((4, 8, 16), (3, 6), (4, 8, 16), (8, 12))),
     "experts-down-q4_k": ("experts_down", _matvec((4, 8), (2, 4), (4, 8, 16), (6, 12))),
     "experts-down-q6_k": ("experts_down", _matvec((4, 8), (2, 4), (4, 8, 16), (6, 12))),
-    "attention-64": ("decode_attention", [DecodeAttentionTile(k, 1, w) for k in (64, 128) for w in (4, 8, 16)]),
+    "attention-64": ("decode_attention", [DecodeAttentionTile(64, 1, h, w) for h in (4, 8) for w in (4, 8)]),
     "attention-4096": (
         "decode_attention",
-        [DecodeAttentionTile(k, p, w) for k, p, w in product((32, 64, 128), (16, 32, 64), (4, 8)) if k * p <= 4096],
+        [
+            DecodeAttentionTile(k, p, h, w)
+            for k, p, h, w in product((64, 128), (16, 32, 64), (4, 8), (4, 8))
+            if k * p <= 4096
+        ],
     ),
 }
 """Of a benchmark: the function of kernels.tiles that its op asks, and what to answer."""

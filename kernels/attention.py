@@ -173,8 +173,8 @@ def _join_maxima(top_ptr, row, live, rows, n, N2: tl.constexpr):
 
 @triton.jit
 def fixed_point(score, seen, m):
-    """exp(score - m) of the keys a query sees, 0 elsewhere."""
-    return tl.where(seen, exp(tl.where(seen, score, 0.0) - m[:, None]), 0.0)
+    """exp(score - m) of the keys a query sees, 0 elsewhere; `m` has the shape of `score`, or 1 where it is the same."""
+    return tl.where(seen, exp(tl.where(seen, score, 0.0) - m), 0.0)
 
 
 @triton.jit(do_not_specialize=["start", "T", "n"])
@@ -195,7 +195,7 @@ def _sums_kernel(
     for at in range(begin, end, BK):
         s = at + tl.arange(0, BK)
         score, seen = _scores(qi, factor, position, active, k_ptr, ks_ptr, s, end, G, C, C2)
-        p = fixed_point(score, seen, m)
+        p = fixed_point(score, seen, m[:, None])
         den += tl.sum(round_even(p * P_ONE), axis=1).to(tl.int64)
         slot = s.to(tl.int64) * G + tl.program_id(1)
         vs = tl.where(seen, tl.load(vs_ptr + slot, s < end, 0.0)[None, :], 0.0)
@@ -250,13 +250,13 @@ def _emit_kernel(
         for at in range(0, end, BK):
             s = at + tl.arange(0, BK)
             score, seen = _scores(qi, factor, position, active, k_ptr, ks_ptr, s, end, G, C, C2)
-            den += tl.sum(round_even(fixed_point(score, seen, top) * P_ONE), axis=1).to(tl.int64)
+            den += tl.sum(round_even(fixed_point(score, seen, top[:, None]) * P_ONE), axis=1).to(tl.int64)
     below = tl.where(den > 0, den.to(tl.float32), 1.0)[:, None]
     for at in range(0, end, BK):
         s = at + tl.arange(0, BK)
         score, seen = _scores(qi, factor, position, live, k_ptr, ks_ptr, s, end, G, C, C2)
         if SOFTMAX:
-            p = fixed_point(score, seen & (bad == 0)[:, None], top)
+            p = fixed_point(score, seen & (bad == 0)[:, None], top[:, None])
             fixed = round_even(p * P_ONE).to(tl.float32)
             y = nan_where((bad > 0)[:, None] & seen, tl.div_rn(fixed, tl.broadcast_to(below, fixed.shape)))
         else:

@@ -1,13 +1,16 @@
 """One token's attention, from its projections to the heads' outputs.      qkv [(H+2G)*C] f32 -> [H*C] f32
 Promised order: as qk_norm_rope, append, attend and quantize, one after another.
 
-A program takes every PARTS-th tile of keys of one kv head, for all its query heads. Probabilities need the largest
+A program takes every PARTS-th tile of keys of one kv head, for HB of its query heads. Probabilities need the largest
 score of all keys, so there are two launches: scores, then weighted values. One tile needs only one.
 
-Dots run on tensor cores, on slices. A key is its two bytes, 256h + l + 128 with l from -128 to 127, a query 128h + l,
-all as int8. A value is its bytes too, with h within 32, but as f16 that carry integers, as do the slices of a weight,
-1024h + l: a sum over 128 keys is at most 1024 * 128 * 128 = 2^24, exact in f32. What 128 adds is 128 times the sum of
-the queries, or of the weights. Slices are joined, and parts added, in i64."""
+Dots run on tensor cores, on slices; keys, and then the values' columns, are the rows, and a head's two slices are
+columns side by side, so that a thread has both. A query is 128h + l with l from -64 to 63, a key 128h + l with l from 0
+to 127, all as int8. A value is 128h + l too, with h within 64, but as f16 that carry integers, as do the slices of a
+weight, 1024h + l: a sum over 128 keys is below 1024 * 128 * 128 = 2^24, exact in f32. Slices are joined, and parts
+added, in i64.
+
+The new key and value are no part of a tile, so tiles are loaded, and taken apart, before the wait."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -25,7 +28,7 @@ from exactmoe.kernels.errors import require
 from exactmoe.kernels.formats import BLOCK
 from exactmoe.kernels.kv_cache import KVLayer, require_kv
 from exactmoe.kernels.launch import FAITHFUL, interpreting
-from exactmoe.kernels.matvec import Norm
+from exactmoe.kernels.matvec import Norm, issue
 from exactmoe.kernels.numerics import (
     INF_BITS,
     P_ONE,
@@ -50,7 +53,7 @@ class Attended(NamedTuple):
 
 
 _MAX_KEYS = 262144  # as kernels.attention
-_MAX_WIDTH = 1024  # a head's sum of int8 products stays below 2^31
+_MAX_WIDTH = 1024  # 128 times a head's sum of int8 products stays below 2^31
 _INTERPRETED = tl.constexpr(interpreting())
 
 
@@ -89,12 +92,16 @@ def decode_attention(
     require(position.dtype == torch.int32 and position.numel() == 1, "position must be one i32")
     C2 = _padded(C)
     most = P if most is None else min(most, P)
-    tile = tiles.decode_attention(P, G, C2, most)
-    one = most <= tile.keys
     per = heads // G
+    tile = tiles.decode_attention(P, G, per, C2, most)
+    one = most <= tile.keys
+    whole = whole_blocks(per, C)
+    HB = max(tile.heads, BLOCK // C) if whole else tile.heads
+    groups = G * triton.cdiv(per, HB)
+    rows = max(HB, tile.warps)
     sizes = {
-        "H": heads, "G": G, "C": C, "C2": C2, "R": max(8, triton.next_power_of_2(per)),
-        "BK": tile.keys, "PARTS": tile.parts, "S": slices(profile) if whole_blocks(per, C) else 0,
+        "H": heads, "G": G, "C": C, "C2": C2, "HB": HB,
+        "BK": tile.keys, "PARTS": tile.parts, "S": slices(profile) if whole else 0,
     }  # fmt: skip
     out = Attended(
         torch.empty(heads * C, dtype=torch.float32, device=qkv.device),
@@ -106,19 +113,21 @@ def decode_attention(
         scores = torch.empty(heads, P, dtype=torch.float32, device=qkv.device)
         tops = torch.empty(heads + G, tile.parts, dtype=torch.float32, device=qkv.device)
         sums = torch.empty(heads * C + heads, dtype=torch.int64, device=qkv.device)
-        arrived = torch.empty(G, dtype=torch.int32, device=qkv.device)
-    queries = torch.empty(G, tile.parts, 2 * sizes["R"], C2, dtype=torch.int8, device=qkv.device)
+        arrived = torch.empty(groups, dtype=torch.int32, device=qkv.device)
+    words = HB * C2 // 2 + C2 // 2 + 3 * rows + 2
+    words += words % 2  # what is i64 in it lies at a multiple of 8 bytes
+    scratch = torch.empty(groups * tile.parts, words, dtype=torch.int32, device=qkv.device)
     ahead = spans(later)
-    _decode_scores_kernel[(G, tile.parts)](
+    _decode_scores_kernel[(groups, tile.parts)](
         qkv, q_norm.weight, k_norm.weight, q_norm.eps, *rope, position, *kv,
-        queries, scores, tops, sums, arrived, *out, *ahead[:2], P,
-        **sizes, ONE=one, LATER=ahead[2], LATER2=ahead[3], WARPS=tile.warps,
+        scratch, scores, tops, sums, arrived, *out, *ahead[:2], P,
+        **sizes, RT=rows, WORDS=words, ONE=one, LATER=ahead[2], LATER2=ahead[3], WARPS=tile.warps,
         num_warps=tile.warps, num_stages=1, **DEPENDENT, **FAITHFUL,
     )  # fmt: skip
     if not one:
-        _decode_values_kernel[(G, tile.parts)](
+        _decode_values_kernel[(groups, tile.parts)](
             position, kv.v, kv.v_scale, scores, tops, sums, arrived, *out, P,
-            **sizes, PARTS2=triton.next_power_of_2(tile.parts),
+            **sizes, PARTS2=triton.next_power_of_2(tile.parts), WARPS=tile.warps,
             num_warps=tile.warps, num_stages=1, **DEPENDENT, **FAITHFUL,
         )  # fmt: skip
     return out
@@ -132,194 +141,279 @@ def _padded(width: int) -> int:
 def keys_of_one_launch(kv: KVLayer) -> int:
     """Positions that a single launch can attend to."""
     P, G, C = kv.k.shape
-    return tiles.decode_attention(P, G, _padded(C), P).keys
+    return tiles.decode_attention(P, G, 1, _padded(C), P).keys
 
 
 @triton.jit(do_not_specialize=["P"])
 def _decode_scores_kernel(
     qkv_ptr, q_norm_ptr, k_norm_ptr, eps, cos_ptr, sin_ptr, position_ptr, k_ptr, ks_ptr, v_ptr, vs_ptr,
-    queries_ptr, scores_ptr, tops_ptr, sums_ptr, arrived_ptr, out_ptr, operand_ptr, later_ptr, later2_ptr, P,
-    H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, C2: tl.constexpr, R: tl.constexpr,
-    BK: tl.constexpr, PARTS: tl.constexpr, S: tl.constexpr, ONE: tl.constexpr,
+    scratch_ptr, scores_ptr, tops_ptr, sums_ptr, arrived_ptr, out_ptr, operand_ptr, later_ptr, later2_ptr, P,
+    H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, C2: tl.constexpr, HB: tl.constexpr, RT: tl.constexpr,
+    BK: tl.constexpr, PARTS: tl.constexpr, S: tl.constexpr, WORDS: tl.constexpr, ONE: tl.constexpr,
     LATER: tl.constexpr, LATER2: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     PER: tl.constexpr = H // G
-    g, part = tl.program_id(0), tl.program_id(1)
-    c = tl.arange(0, C2)
-    r = tl.arange(0, R)
-    one = tl.zeros([1], tl.int32)
-    row = (r < PER)[:, None] & (c < C)[None, :]
+    SPLIT: tl.constexpr = (PER + HB - 1) // HB
+    group, part = tl.program_id(0), tl.program_id(1)
+    g = group // SPLIT
+    first = group % SPLIT * HB  # of the queries of this kv head
     # The step before this one wrote them, so there is nothing to wait for; the new key and value come later.
     position = tl.load(position_ptr)
     count = 1  # tiles of keys
     if not ONE:
         count = position // BK + 1
     s = part * BK + tl.arange(0, BK)
-    k, ks, vs = _load_keys(k_ptr, ks_ptr, vs_ptr, s, s < position, (0, 0.0, 0.0), g, G, C, C2)
-    head = g * PER + r
-    at = position + tl.zeros([R], tl.int32)
-    turn = load_turn(q_norm_ptr + one, cos_ptr, sin_ptr, r < PER, at, C, C2)
-    turn_k = load_turn(k_norm_ptr + one, cos_ptr, sin_ptr, r < R, at, C, C2)
-    prefetch(later_ptr, LATER, part * G + g, G * PARTS, 32 * WARPS)
-    prefetch(later2_ptr, LATER2, part * G + g, G * PARTS, 32 * WARPS)
+    k, ks, vs = _load_keys(k_ptr, ks_ptr, vs_ptr, s, s < position, g, G, C, C2)
+    k_high, k_low = _slices(k)
+    wide = _widest(vs)
+    if ONE:
+        v_high, v_low = _carried_slices(tl.trans(_load_tile(v_ptr, s, s < position, g, G, C, C2)))
+    # A warp has whole rows, each of a query beside the new key and value, and waits for no other.
+    r = tl.arange(0, RT)
+    query = (r < HB) & (first + r < PER)
+    at = position + tl.zeros([RT], tl.int32)
+    one = tl.zeros([1], tl.int32)
+    turn = load_turn(q_norm_ptr + one, cos_ptr, sin_ptr, query, at, C, C2)
+    turn_k = load_turn(k_norm_ptr + one, cos_ptr, sin_ptr, r < RT, at, C, C2)
+    prefetch(later_ptr, LATER, part * tl.num_programs(0) + group, G * SPLIT * PARTS, 32 * WARPS)
+    prefetch(later2_ptr, LATER2, part * tl.num_programs(0) + group, G * SPLIT * PARTS, 32 * WARPS)
     if not ONE:
         prefetch_rows(v_ptr, s, position, g, G, C)  # for the next launch, which cannot start before this one ends
     finish_wait()
     release_next()
     if part < count:
-        heads = load_heads(qkv_ptr + head * C, r < PER, C, C2)
-        # R times the same, so that each warp has a row of its own and waits for none.
-        key_ptr = qkv_ptr + (H + g) * C + tl.zeros([R], tl.int32)
-        key = load_heads(key_ptr, r < R, C, C2)
-        value = tl.load(key_ptr[:, None] + G * C + c[None, :], (c < C)[None, :], 0.0)
-        if ONE or (count - 1) % PARTS == part:
-            new_slot = position.to(tl.int64) * G + g + tl.zeros([R], tl.int64)
-            new_at = new_slot[:, None] * C + c[None, :]
-            first = (r == 0)[:, None] & (c < C)[None, :]
-            new, scale = quantize_15(normed_rotated(key, turn_k, eps, C, C2))
-            tl.store(k_ptr + new_at, new.to(tl.int16), first)
-            store_of_rows(ks_ptr + new_slot, scale, r == 0)
-            new, scale = quantize_pow2(value)
-            tl.store(v_ptr + new_at, new.to(tl.int16), first)
-            store_of_rows(vs_ptr + new_slot, scale, r == 0)
-        q, q_scale = quantize_15(normed_rotated(heads, turn, eps, C, C2))
-        factor = q_scale * reciprocal(tl.sqrt_rn(tl.full([R], C, tl.float32)))
-        q_sum = tl.sum(q, axis=1)
-        q_high = (q + 64) >> 7
-        rows_ptr = queries_ptr + (g * PARTS + part) * (2 * R * C2)
-        slice_at = rows_ptr + r[:, None] * C2 + c[None, :]
-        tl.store(slice_at, q_high.to(tl.int8))
-        tl.store(slice_at + R * C2, (q - 128 * q_high).to(tl.int8))
-        tl.debug_barrier()
-        # Through memory, where the new key is too: then each comes back in the layout that its use wants.
-        q_slices = tl.load(rows_ptr + tl.arange(0, 2 * R)[:, None] * C2 + c[None, :])
+        c = tl.arange(0, C2)[None, :]
+        # What is known of the new token goes through memory: then it comes back in the layout that its use wants.
+        own_ptr = scratch_ptr + (group * PARTS + part) * WORDS
+        dot_ptr = own_ptr.to(tl.pointer_type(tl.int64), bitcast=True)
+        factor_ptr = (own_ptr + 2 * RT).to(tl.pointer_type(tl.float32), bitcast=True)
+        scale_ptr = factor_ptr + RT
+        q_ptr = (own_ptr + 3 * RT + 2).to(tl.pointer_type(tl.int8), bitcast=True)
+        new_ptr = (own_ptr + 3 * RT + 2 + HB * C2 // 2).to(tl.pointer_type(tl.int16), bitcast=True)
+        key_ptr = qkv_ptr + (H + g) * C + tl.zeros([RT], tl.int32)
+        value = tl.load(key_ptr[:, None] + G * C + c, c < C, 0.0)
+        key = load_heads(key_ptr, r < RT, C, C2)
+        issue(own_ptr)
+        heads = load_heads(qkv_ptr + (g * PER + first + r) * C, query, C, C2)
+        q, scale = quantize_15(normed_rotated(heads, turn, eps, C, C2))
+        high = (q + 64) >> 7
+        slice_at = (2 * r)[:, None] * C2 + c
+        tl.store(q_ptr + slice_at, high.to(tl.int8), (r < HB)[:, None])
+        tl.store(q_ptr + C2 + slice_at, (q - 128 * high).to(tl.int8), (r < HB)[:, None])
+        store_of_rows(factor_ptr + r, scale * reciprocal(tl.sqrt_rn(tl.full([RT], C, tl.float32))), r < HB)
+        places = (k_ptr, ks_ptr, v_ptr, vs_ptr, dot_ptr, scale_ptr, new_ptr)
+        last = (count - 1) % PARTS == part
         if ONE:
-            k, ks, vs = _load_keys(k_ptr, ks_ptr, vs_ptr, s, s == position, (k, ks, vs), g, G, C, C2)
-            v = _load_tile(v_ptr, s, s <= position, 0, g, G, C, C2)
-            score, marked, wide = _scores(q_slices, q_sum, factor, k, ks, vs, s, position, PER)
-            top, w = tl.max(marked, axis=1), tl.max(wide)
+            _append(q, key, turn_k, eps, value, places, position.to(tl.int64) * G + g, first, HB, C)
+        else:  # noqa: PLR5501 - Triton decides the outer test when it compiles
+            if last:
+                _append(q, key, turn_k, eps, value, places, position.to(tl.int64) * G + g, first, HB, C)
+        tl.debug_barrier()
+        j = tl.arange(0, HB)
+        own = first + j < PER
+        slices = tl.load(q_ptr + tl.arange(0, 2 * HB)[:, None] * C2 + c)
+        factor = tl.load(factor_ptr + j)
+        if ONE:
+            new_score, new_vs = _score_one(places, factor, j)
+            top, w = _marked(new_score, new_vs, own)
+            seen = (s < position)[:, None] & own[None, :]
+            score, tile_top = _scores(slices, factor, k_high, k_low, ks, vs, seen)
+            top, w = tl.maximum(top, tile_top), tl.maximum(w, wide)
             bad = top == float("inf")
-            seen = (r < PER)[:, None] & (s <= position)[None, :] & (bad == 0)[:, None]
-            den, num = _weighted(score, seen, tl.where(bad, 0.0, top), vs, w, v)
-            _store(_quotient(num, den.to(tl.int64), bad, w), out_ptr, operand_ptr, g, H, PER, C, S)
+            m = tl.where(bad, 0.0, top)
+            den, num = _weighted(score, seen & (bad == 0)[None, :], m[None, :], vs, w, v_high, v_low)
+            new_v = tl.load(new_ptr + tl.arange(0, C2))
+            new_den, new_num = _weighted_one(new_score, own & (bad == 0), m, new_vs, w, new_v)
+            y = _quotient(num + new_num, (den + new_den).to(tl.int64), bad, w)
+            _store(y, out_ptr, operand_ptr, g, first, H, PER, C, S, WARPS)
         else:
-            top = tl.full([R], float("-inf"), tl.float32)
-            wide = tl.zeros([BK], tl.float32)
-            for tile in range(part, count, PARTS):
-                s = tile * BK + tl.arange(0, BK)
-                k, ks, vs = _load_keys(k_ptr, ks_ptr, vs_ptr, s, s == position, (k, ks, vs), g, G, C, C2)
-                score, marked, widths = _scores(q_slices, q_sum, factor, k, ks, vs, s, position, PER)
-                top, wide = tl.maximum(top, tl.max(marked, axis=1)), tl.maximum(wide, widths)
-                seen = (r < PER)[:, None] & (s <= position)[None, :]
-                tl.store(scores_ptr + head[:, None].to(tl.int64) * P + s[None, :], score, seen)
+            head = g * PER + first + j
+            top = tl.full([HB], float("-inf"), tl.float32)
+            w = tl.zeros([HB], tl.float32)
+            if last:
+                new_score, new_vs = _score_one(places, factor, j)
+                top, w = _marked(new_score, new_vs, own)
+                tl.store(scores_ptr + head.to(tl.int64) * P + position, new_score, own)
+            seen = (s < position)[:, None] & own[None, :]
+            score, tile_top = _scores(slices, factor, k_high, k_low, ks, vs, seen)
+            top, w = tl.maximum(top, tile_top), tl.maximum(w, wide)
+            tl.store(scores_ptr + head[None, :].to(tl.int64) * P + s[:, None], score, seen)
+            s += PARTS * BK
+            k, ks, vs = _load_keys(k_ptr, ks_ptr, vs_ptr, s, s < position, g, G, C, C2)
+            for _ in range(part + PARTS, count, PARTS):
+                k_high, k_low = _slices(k)
+                wide = _widest(vs)
+                seen = (s < position)[:, None] & own[None, :]
+                score, tile_top = _scores(slices, factor, k_high, k_low, ks, vs, seen)
+                top, w = tl.maximum(top, tile_top), tl.maximum(w, wide)
+                tl.store(scores_ptr + head[None, :].to(tl.int64) * P + s[:, None], score, seen)
                 s += PARTS * BK
-                k, ks, vs = _load_keys(k_ptr, ks_ptr, vs_ptr, s, s < position, (0, 0.0, 0.0), g, G, C, C2)
-            store_of_rows(tops_ptr + head * PARTS + part, top, r < PER)
-            tl.store(tops_ptr + (H + g) * PARTS + part, tl.max(wide))
+                k, ks, vs = _load_keys(k_ptr, ks_ptr, vs_ptr, s, s < position, g, G, C, C2)
+            tl.store(tops_ptr + head * PARTS + part, top, own)
+            tl.store(tops_ptr + (H + g) * PARTS + part + 0 * j, w, j == 0)
             if part == 0:
-                tl.store(sums_ptr + head[:, None] * C + c[None, :], tl.zeros([R, C2], tl.int64), row)
-                tl.store(sums_ptr + H * C + head, tl.zeros([R], tl.int64), r < PER)
-                tl.store(arrived_ptr + g, 0)
+                row = own[None, :] & (tl.arange(0, C2) < C)[:, None]
+                tl.store(sums_ptr + head[None, :] * C + tl.arange(0, C2)[:, None], tl.zeros([C2, HB], tl.int64), row)
+                tl.store(sums_ptr + H * C + head, tl.zeros([HB], tl.int64), own)
+                tl.store(arrived_ptr + group, 0)
 
 
 @triton.jit
-def _scores(q_slices, q_sum, factor, k, ks, vs, s, position, PER: tl.constexpr):
-    """Scores [R, BK] of keys `s`; the same, but -inf where a key is not seen and inf where a number is not finite; the
-    values' scales [BK], 0 where they are not seen or not finite."""
-    score = (_dots(q_slices, q_sum, k).to(tl.float32) * factor[:, None]) * ks[None, :]
-    seen = (tl.arange(0, score.shape[0]) < PER)[:, None] & (s <= position)[None, :]
+def _append(q, key, turn, eps, value, places, slot, first, HB: tl.constexpr, C: tl.constexpr):
+    """Append the new key and value, the same in every row [RT, C2], and leave for this program what it needs of them:
+    the key's product with each query `q`, its scale and the value's, and the value."""
+    k_ptr, ks_ptr, v_ptr, vs_ptr, dot_ptr, scale_ptr, new_ptr = places
+    C2: tl.constexpr = q.shape[1]
+    r = tl.arange(0, q.shape[0])
+    c = tl.arange(0, C2)[None, :]
+    mine = (r == 0) & (first == 0)  # of several programs one appends
+    at = slot * C + c + 0 * r[:, None]
+    row = mine[:, None] & (c < C)
+    k, scale = quantize_15(normed_rotated(key, turn, eps, C, C2))
+    store_of_rows(dot_ptr + r, tl.sum((q * k).to(tl.int64), axis=1), r < HB)  # below 2^28, and the sum below 2^38
+    store_of_rows(scale_ptr + 0 * r, scale, r == 0)
+    tl.store(k_ptr + at, k.to(tl.int16), row)
+    store_of_rows(ks_ptr + slot + 0 * r, scale, mine)
+    v, scale = quantize_pow2(value)
+    tl.store(new_ptr + c + 0 * r[:, None], v.to(tl.int16), (r == 0)[:, None])
+    store_of_rows(scale_ptr + 1 + 0 * r, scale, r == 0)
+    tl.store(v_ptr + at, v.to(tl.int16), row)
+    store_of_rows(vs_ptr + slot + 0 * r, scale, mine)
+
+
+@triton.jit
+def _score_one(places, factor, j):
+    """Scores [HB] of the new key, and the new value's scale, [HB] times, from what `_append` left."""
+    dot_ptr, scale_ptr = places[4], places[5]
+    dot = tl.load(dot_ptr + j)
+    return (dot.to(tl.float32) * factor) * tl.load(scale_ptr + 0 * j), tl.load(scale_ptr + 1 + 0 * j)
+
+
+@triton.jit
+def _marked(score, vs, seen):
+    """`score` where `seen`, but inf where it, or the value's scale, is not finite, and -inf elsewhere; and that scale,
+    0 where it is not finite, or it would hide what `_weights` divides by. All have one shape."""
     far = magnitude(vs) >= INF_BITS
-    strange = (magnitude(score) >= INF_BITS) | far[None, :]
-    marked = tl.where(seen, tl.where(strange, float("inf"), score), float("-inf"))
-    return score, marked, tl.where((s <= position) & (far == 0), vs, 0.0)
+    strange = (magnitude(score) >= INF_BITS) | far
+    return tl.where(seen, tl.where(strange, float("inf"), score), float("-inf")), tl.where(far, 0.0, vs)
 
 
 @triton.jit
-def _load_keys(k_ptr, ks_ptr, vs_ptr, s, live, other, g, G: tl.constexpr, C: tl.constexpr, C2: tl.constexpr):
-    """Keys `s`, their scales and those of their values, where `live`; else `other`."""
+def _scores(q, factor, k_high, k_low, ks, vs, seen):
+    """Scores [BK, HB] of a tile of keys, and each head's largest by `_marked`; `vs` [BK] is 0 where there is no key."""
+    score = (_dots(q, k_high, k_low).to(tl.float32) * factor[None, :]) * ks[:, None]
+    marked, _ = _marked(score, vs[:, None], seen)
+    return score, tl.max(marked, axis=0)
+
+
+@triton.jit
+def _load_keys(k_ptr, ks_ptr, vs_ptr, s, live, g, G: tl.constexpr, C: tl.constexpr, C2: tl.constexpr):
+    """Keys `s`, their scales and those of their values, where `live`; else 0."""
     slot = s.to(tl.int64) * G + g
-    return (
-        _load_tile(k_ptr, s, live, other[0], g, G, C, C2),
-        tl.load(ks_ptr + slot, live, other[1]),
-        tl.load(vs_ptr + slot, live, other[2]),
-    )
+    return _load_tile(k_ptr, s, live, g, G, C, C2), tl.load(ks_ptr + slot, live, 0.0), tl.load(vs_ptr + slot, live, 0.0)
 
 
 @triton.jit
-def _load_tile(ptr, s, live, other, g, G: tl.constexpr, C: tl.constexpr, C2: tl.constexpr):
-    """Rows `s` of kv head `g`, i16 [BK, C2], where `live`; else `other`."""
+def _load_tile(ptr, s, live, g, G: tl.constexpr, C: tl.constexpr, C2: tl.constexpr):
+    """Rows `s` of kv head `g`, i16 [BK, C2], where `live`; else 0."""
     c = tl.arange(0, C2)[None, :]
     slot = (s.to(tl.int64) * G + g)[:, None]
-    return tl.load(ptr + slot * C + c, live[:, None] & (c < C), other)
+    return tl.load(ptr + slot * C + c, live[:, None] & (c < C), 0)
 
 
 @triton.jit
-def _bytes(x):
-    """The bytes h and l, int8, of i16 x = 256h + l + 128."""
+def _widest(vs):
+    """The largest of the finite scales `vs` [BK]; what is not finite must not hide what `_weights` divides by."""
+    return tl.max(tl.where(magnitude(vs) < INF_BITS, vs, 0.0))
+
+
+@triton.jit
+def _slices(x):
+    """h and l, int8, of i16 x = 128h + l with |h| at most 127."""
     if _INTERPRETED:
-        return (x >> 8).to(tl.int8), ((x & 255) - 128).to(tl.int8)
+        return (x >> 7).to(tl.int8), (x & 127).to(tl.int8)
     else:
         return tl.inline_asm_elementwise(
-            "prmt.b32 $0, $2, $3, 0x7531; prmt.b32 $1, $2, $3, 0x6420; xor.b32 $1, $1, 0x80808080;",
-            "=&r,=r,r,r", [x], dtype=(tl.int8, tl.int8), is_pure=True, pack=4,
+            """{
+            .reg .b32 a, b;
+            shr.u32 a, $2, 7; shr.u32 b, $3, 7;
+            prmt.b32 $0, a, b, 0x6420;
+            prmt.b32 $1, $2, $3, 0x6420; and.b32 $1, $1, 0x7f7f7f7f;
+            }""",
+            "=&r,=&r,r,r", [x], dtype=(tl.int8, tl.int8), is_pure=True, pack=4,
         )  # fmt: skip
 
 
 @triton.jit
-def _carried_bytes(x):
-    """The same bytes as f16, |h| at most 128."""
+def _carried_slices(x):
+    """The same of |x| at most 2^14 as f16."""
     if _INTERPRETED:
-        return (x >> 8).to(tl.float16), ((x & 255) - 128).to(tl.float16)
-    else:  # 0x64 over a byte is 1024 more than it
+        return (x >> 7).to(tl.float16), (x & 127).to(tl.float16)
+    else:  # 0x6400 plus an integer below 2^10 is the f16 that is 1024 more than it; the highest bit of h is turned
         h, low = tl.inline_asm_elementwise(
-            "xor.b32 $0, $2, 0x80008000; prmt.b32 $0, $0, 0x64, 0x4341; prmt.b32 $1, $2, 0x64, 0x4240;",
+            """{
+            .reg .b32 a;
+            shr.u32 a, $2, 7;
+            lop3.b32 $0, a, 0x01ff01ff, 0x65006500, 0x6a;
+            lop3.b32 $1, $2, 0x007f007f, 0x64006400, 0xea;
+            }""",
             "=&r,=r,r", [x], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
         )  # fmt: skip
-        return h - 1152.0, low - 1152.0
+        return h - 1280.0, low - 1024.0
 
 
 @triton.jit
-def _stack(a, b):
-    """Rows of `a` [M, N], then those of `b`."""
-    M: tl.constexpr = a.shape[0]
-    N: tl.constexpr = a.shape[1]
-    return tl.reshape(tl.permute(tl.join(a, b), (2, 0, 1)), [2 * M, N])
+def _beside(a, b):
+    """Columns of `a` [M, N] and `b` by turns."""
+    return tl.reshape(tl.join(a, b), [a.shape[0], 2 * a.shape[1]])
 
 
 @triton.jit
-def _unstack(x):
-    """What `_stack` put together. On a tensor core's result it moves nothing: a thread has row i and row i + 8."""
-    M: tl.constexpr = x.shape[0] // 2
-    N: tl.constexpr = x.shape[1]
-    return tl.split(tl.permute(tl.reshape(x, [2, M, N]), (1, 2, 0)))
+def _apart(x):
+    """What `_beside` put together. On a tensor core's result it moves nothing: a thread has two columns."""
+    return tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
 
 
 @triton.jit
-def _dots(q_slices, q_sum, k):
-    """Exact products [R, BK] i64 of queries, slices h and l [2R, C2] and sums [R], with keys [BK, C2] i16."""
-    WORD: tl.constexpr = tl.int32 if k.shape[1] <= 512 else tl.int64  # 128 * 127 * 128 * 512 < 2^31
-    k_high, k_low = _bytes(k)
-    hh, lh = _unstack(tl.dot(q_slices, tl.trans(k_high), out_dtype=tl.int32))
-    hl, ll = _unstack(tl.dot(q_slices, tl.trans(k_low), out_dtype=tl.int32))
-    high, low = 128 * hh.to(WORD) + lh, 128 * hl.to(WORD) + ll
-    return 256 * high.to(tl.int64) + (low.to(tl.int64) + 128 * q_sum.to(tl.int64)[:, None])
+def _dots(q, k_high, k_low):
+    """Exact products [BK, HB] i64 of keys, by `_slices` [BK, C2], with the slices of queries by turns [2*HB, C2]."""
+    hh, lh = _apart(tl.dot(k_high, tl.trans(q), out_dtype=tl.int32))
+    hl, ll = _apart(tl.dot(k_low, tl.trans(q), out_dtype=tl.int32))
+    return 128 * (128 * hh + lh).to(tl.int64) + (128 * hl + ll)
 
 
 @triton.jit
-def _weighted(score, seen, m, vs, w, v):
-    """Sums over a tile of keys: of the probabilities, i32 [R], and of the weighted values, i64 [R, C2].
-
-    `vs` are the values' scales [BK], `w` the largest of the context."""
+def _weights(score, seen, m, vs, w):
+    """Probabilities and weights of keys as integers, i32; all have one shape. `vs` is the values' scale, `w` the
+    largest of the context."""
     p = fixed_point(score, seen, m)
-    den = tl.sum(round_even(p * P_ONE), axis=1)
-    share = tl.div_rn(vs, tl.full(vs.shape, 1.0, tl.float32) * tl.where(w > 0.0, w, 1.0))
-    weight = round_even((p * share[None, :]) * P_ONE)
-    slices = _stack((weight >> 10).to(tl.float16), (weight & 1023).to(tl.float16))
-    v_high, v_low = _carried_bytes(v)
-    hh, lh = _unstack(tl.dot(slices, v_high))
-    hl, ll = _unstack(tl.dot(slices, v_low))
-    high, low = 1024 * _whole(hh) + _whole(lh), 1024 * _whole(hl) + _whole(ll)
-    return den, 256 * high + low + 128 * tl.sum(weight, axis=1).to(tl.int64)[:, None]
+    vs = tl.where(magnitude(vs) < INF_BITS, vs, 0.0)  # a head that sees one not finite is `bad`
+    return round_even(p * P_ONE), round_even((p * tl.div_rn(vs, tl.where(w > 0.0, w, 1.0))) * P_ONE)
+
+
+@triton.jit
+def _weighted(score, seen, m, vs, w, v_high, v_low):
+    """Sums over a tile of keys: of the probabilities, i32 [HB], and of the weighted values, i64 [C2, HB].
+
+    `vs` are the values' scales [BK], `w` [HB] is the largest of the context; the values [C2, BK] come as
+    `_carried_slices`."""
+    vs = tl.broadcast_to(vs[:, None], score.shape)
+    p, weight = _weights(score, seen, m, vs, tl.broadcast_to(w[None, :], score.shape))
+    high, low = (weight >> 10).to(tl.float16), (weight & 1023).to(tl.float16)
+    if 2 * high.shape[1] == 8:
+        hh, lh = _apart(tl.dot(v_high, _beside(high, low)))
+        hl, ll = _apart(tl.dot(v_low, _beside(high, low)))
+    else:  # more than eight columns would be one of the products whose sums no one promises to be exact
+        hh, lh = tl.dot(v_high, high), tl.dot(v_high, low)
+        hl, ll = tl.dot(v_low, high), tl.dot(v_low, low)
+    return tl.sum(p, axis=0), 128 * (1024 * _whole(hh) + _whole(lh)) + (1024 * _whole(hl) + _whole(ll))
+
+
+@triton.jit
+def _weighted_one(score, seen, m, vs, w, v):
+    """The same of one key: score, scale and the others [HB], its value i16 [C2]."""
+    p, weight = _weights(score, seen, m, vs, w)
+    return p, v.to(tl.int64)[:, None] * weight.to(tl.int64)[None, :]
 
 
 @triton.jit
@@ -330,73 +424,89 @@ def _whole(x):
 
 @triton.jit
 def _quotient(num, den, bad, w):
-    """Outputs [R, C2] from the sums over all keys; NaN in rows that are `bad`."""
-    below = tl.where(bad | (den == 0), 1.0, den.to(tl.float32))[:, None]
-    y = tl.div_rn(num.to(tl.float32), tl.broadcast_to(below, num.shape)) * w
-    return nan_where(bad[:, None], y)
+    """Outputs [C2, HB] from the sums over all keys; NaN for heads that are `bad`."""
+    below = tl.where(bad | (den == 0), 1.0, den.to(tl.float32))[None, :]
+    y = tl.div_rn(num.to(tl.float32), tl.broadcast_to(below, num.shape)) * w[None, :]
+    return nan_where(bad[None, :], y)
 
 
 @triton.jit
-def _store(y, out_ptr, operand_ptr, g, H: tl.constexpr, PER: tl.constexpr, C: tl.constexpr, S: tl.constexpr):
-    """Store the outputs [R, C2] of kv head `g`, and where S is not 0 as an operand of S slices."""
-    R: tl.constexpr = y.shape[0]
-    r, c = tl.arange(0, R), tl.arange(0, y.shape[1])
-    tl.store(out_ptr + (g * PER + r)[:, None] * C + c[None, :], y, (r < PER)[:, None] & (c < C)[None, :])
+def _store(
+    y, out_ptr, operand_ptr, g, first,
+    H: tl.constexpr, PER: tl.constexpr, C: tl.constexpr, S: tl.constexpr, WARPS: tl.constexpr,
+):  # fmt: skip
+    """Store the outputs [C2, HB] of kv head `g`, from its query `first` on, unless S is 0 as an operand too."""
+    HB: tl.constexpr = y.shape[1]
+    c, j = tl.arange(0, y.shape[0])[:, None], tl.arange(0, HB)[None, :]
+    at_ptr = out_ptr + (g * PER + first) * C
+    tl.store(at_ptr + j * C + c, y, (first + j < PER) & (c < C))
     if S > 0:
-        M: tl.constexpr = R * C // 256
-        own: tl.constexpr = PER * C // 256
-        NB: tl.constexpr = H * C // 256
+        # Through memory: then a warp has whole blocks, and quantises them without the others.
+        tl.debug_barrier()
+        M: tl.constexpr = max(WARPS, HB * C // 256)
         m = tl.arange(0, M)
-        blocks = tl.reshape(y, [M, 256])
-        store_operand(blocks, tl.zeros([M], tl.int32), tl.where(m < own, g * own + m, NB), operand_ptr, NB, S, True)
+        live = (m < HB * C // 256) & (first * C + m * 256 < PER * C)
+        x = tl.load(at_ptr + m[:, None] * 256 + tl.arange(0, 256)[None, :], live[:, None], 0.0)
+        block = tl.where(live, (g * PER + first) * C // 256 + m, H * C // 256)
+        store_operand(x, tl.zeros([M], tl.int32), block, operand_ptr, H * C // 256, S, True)
 
 
 @triton.jit(do_not_specialize=["P"])
 def _decode_values_kernel(
     position_ptr, v_ptr, vs_ptr, scores_ptr, tops_ptr, sums_ptr, arrived_ptr, out_ptr, operand_ptr, P,
-    H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, C2: tl.constexpr, R: tl.constexpr,
-    BK: tl.constexpr, PARTS: tl.constexpr, S: tl.constexpr, PARTS2: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, C2: tl.constexpr, HB: tl.constexpr,
+    BK: tl.constexpr, PARTS: tl.constexpr, S: tl.constexpr, PARTS2: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     PER: tl.constexpr = H // G
-    g, part = tl.program_id(0), tl.program_id(1)
-    c = tl.arange(0, C2)
-    r = tl.arange(0, R)
-    head = g * PER + r
-    row = (r < PER)[:, None] & (c < C)[None, :]
+    SPLIT: tl.constexpr = (PER + HB - 1) // HB
+    group, part = tl.program_id(0), tl.program_id(1)
+    g = group // SPLIT
+    first = group % SPLIT * HB
+    c, j = tl.arange(0, C2), tl.arange(0, HB)
+    head = g * PER + first + j
+    own = first + j < PER
     position = tl.load(position_ptr)
     count = position // BK + 1
     s = part * BK + tl.arange(0, BK)
-    v = _load_tile(v_ptr, s, s < position, 0, g, G, C, C2)
+    v_high, v_low = _carried_slices(tl.trans(_load_tile(v_ptr, s, s < position, g, G, C, C2)))
+    vs = tl.load(vs_ptr + s.to(tl.int64) * G + g, s < position, 0.0)
     finish_wait()
     release_next()
     active = tl.minimum(count, PARTS)
     if part < active:
-        i = tl.arange(0, PARTS2)
-        tops = tl.load(
-            tops_ptr + head[:, None] * PARTS + i[None, :], (r < PER)[:, None] & (i < active)[None, :], float("-inf")
-        )
-        top = tl.max(tops, axis=1)
+        i = tl.arange(0, PARTS2)[:, None]
+        inside = i < active
+        top = tl.max(tl.load(tops_ptr + head[None, :] * PARTS + i, inside & own[None, :], float("-inf")), axis=0)
+        w = tl.max(tl.load(tops_ptr + (H + g) * PARTS + i + 0 * j[None, :], inside, 0.0), axis=0)
         bad = top == float("inf")
         m = tl.where(bad, 0.0, top)
-        w = tl.max(tl.load(tops_ptr + (H + g) * PARTS + i, i < active, 0.0))
-        den = tl.zeros([R], tl.int64)
-        num = tl.zeros([R, C2], tl.int64)
-        for tile in range(part, count, PARTS):
+        valid = (own & (bad == 0))[None, :]
+        seen = (s < position)[:, None] & valid
+        score = tl.load(scores_ptr + head[None, :].to(tl.int64) * P + s[:, None], seen, 0.0)
+        part_den, num = _weighted(score, seen, m[None, :], vs, w, v_high, v_low)
+        den = part_den.to(tl.int64)
+        for tile in range(part + PARTS, count, PARTS):
             s = tile * BK + tl.arange(0, BK)
-            seen = ((r < PER) & (bad == 0))[:, None] & (s <= position)[None, :]
-            score = tl.load(scores_ptr + head[:, None].to(tl.int64) * P + s[None, :], seen, 0.0)
-            vs = tl.load(vs_ptr + s.to(tl.int64) * G + g, s <= position, 0.0)
-            v = _load_tile(v_ptr, s, s == position, v, g, G, C, C2)
-            part_den, part_num = _weighted(score, seen, m, vs, w, v)
+            v_high, v_low = _carried_slices(tl.trans(_load_tile(v_ptr, s, s < position, g, G, C, C2)))
+            vs = tl.load(vs_ptr + s.to(tl.int64) * G + g, s < position, 0.0)
+            seen = (s < position)[:, None] & valid
+            score = tl.load(scores_ptr + head[None, :].to(tl.int64) * P + s[:, None], seen, 0.0)
+            part_den, part_num = _weighted(score, seen, m[None, :], vs, w, v_high, v_low)
             den += part_den.to(tl.int64)
             num += part_num
-            s += PARTS * BK
-            v = _load_tile(v_ptr, s, s < position, 0, g, G, C, C2)
-        sum_at = sums_ptr + head[:, None] * C + c[None, :]
+        if (count - 1) % PARTS == part:
+            slot = position.to(tl.int64) * G + g
+            new_v, new_vs = tl.load(v_ptr + slot * C + c, c < C, 0), tl.load(vs_ptr + slot + 0 * j)
+            new_score = tl.load(scores_ptr + head.to(tl.int64) * P + position, own, 0.0)
+            new_den, new_num = _weighted_one(new_score, own & (bad == 0), m, new_vs, w, new_v)
+            den += new_den.to(tl.int64)
+            num += new_num
+        sum_at = sums_ptr + head[None, :] * C + c[:, None]
         den_at = sums_ptr + H * C + head
-        add_integers(sum_at, num, row)
-        add_integers(den_at, den, r < PER)
-        if arrive(arrived_ptr + g) == active - 1:  # the last part has all sums
-            num = tl.load(sum_at, row, 0, cache_modifier=".cg")
-            den = tl.load(den_at, r < PER, 1, cache_modifier=".cg")
-            _store(_quotient(num, den, bad, w), out_ptr, operand_ptr, g, H, PER, C, S)
+        live = own[None, :] & (c < C)[:, None]
+        add_integers(sum_at, num, live)
+        add_integers(den_at, den, own)
+        if arrive(arrived_ptr + group) == active - 1:  # the last part has all sums
+            num = tl.load(sum_at, live, 0, cache_modifier=".cg")
+            den = tl.load(den_at, own, 1, cache_modifier=".cg")
+            _store(_quotient(num, den, bad, w), out_ptr, operand_ptr, g, first, H, PER, C, S, WARPS)

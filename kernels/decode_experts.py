@@ -19,7 +19,7 @@ from exactmoe.kernels.matvec import fetch, fold, issue, load_operands, of_a_tile
 from exactmoe.kernels.numerics import swiglu_of
 from exactmoe.kernels.packed import Q4_K, PackedMatrix, operand_at, operand_slices, operand_stride, store_operand
 from exactmoe.kernels.prefetch import prefetch
-from exactmoe.kernels.router import scores, take_best, weight_of
+from exactmoe.kernels.router import expert_of_rank, scores, take_best, weight_of
 from exactmoe.kernels.tensors import require_f32, slices
 
 
@@ -53,7 +53,7 @@ def experts_up(
         torch.empty(top_k, dtype=torch.int32, device=device),
     )
     tile = tiles.experts_up(F)
-    _experts_up_kernel[(top_k * triton.cdiv(F, tile.rows * tile.tiles),)](
+    _experts_up_kernel[(top_k * triton.cdiv(F, tile.rows * tile.tiles) + 1,)](
         *routed, *gate.planes, *up.planes, *out, *(later.planes if later else (None,) * 4),
         LATER=later.plane_bytes if later else (0,) * 4,
         E=E, E2=triton.next_power_of_2(E), A=top_k, ROWS=max(tile.warps, triton.next_power_of_2(top_k)), NB=NB, F=F,
@@ -112,23 +112,16 @@ def _experts_up_kernel(
     each: tl.constexpr = (F + BN * TILES - 1) // (BN * TILES)
     k = tl.program_id(0) // each
     part = tl.program_id(0) % each
-    r = tl.arange(0, BN * PARTS)
-    skip = r % PARTS * EACH
     finish_wait()
     release_next()
-    operand = operand_at(operand_ptr, skip, NB, S)
     key, bad = _scores(logits_ptr, ROWS, E, E2)
-    rank = tl.arange(0, ROWS)
-    prob = tl.zeros([ROWS], tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    chosen = tl.zeros([ROWS], tl.int32)
-    expert = chosen
-    for i in range(k + 1):
-        best, expert, key = take_best(key)
-        total = total + best
-        prob = tl.where(rank == i, best, prob)
-        chosen = tl.where(rank == i, expert, chosen)
-    expert = tl.max(expert).to(tl.int64)
+    if k == A:  # a program of its own writes the choice, which takes longer than to find one of it
+        _store_choice(key, bad, weight_ptr, expert_ptr, A)
+        return
+    expert = tl.max(expert_of_rank(key, k)).to(tl.int64)
+    r = tl.arange(0, BN * PARTS)
+    skip = r % PARTS * EACH
+    operand = operand_at(operand_ptr, skip, NB, S)
     n = part * (BN * TILES) + r // PARTS
     start = (expert * F + n) * NB + skip
     gate = (words_ptr, high_ptr, scales_ptr, d_ptr)
@@ -150,9 +143,22 @@ def _experts_up_kernel(
             prefetch(byte_ptr, LATER[plane], part, each, 32 * WARPS)
     at = tile_rows(part * (BN * TILES), BN, BN)
     tl.store(h_ptr + k * F + at, swiglu_of(g, u), of_a_tile(TILES) & (at < F))
-    if tl.program_id(0) == (A - 1) * each:  # it has chosen all
-        tl.store(weight_ptr + rank, weight_of(prob, bad, total, A), rank < A)
-        tl.store(expert_ptr + rank, chosen, rank < A)
+
+
+@triton.jit
+def _store_choice(key, bad, weight_ptr, expert_ptr, A: tl.constexpr):
+    """Store the A best experts of `scores` [R, E2], R times the same row with R >= A, and their weights."""
+    rank = tl.arange(0, key.shape[0])
+    prob = tl.zeros([key.shape[0]], tl.float32)
+    total = tl.zeros([key.shape[0]], tl.float32)
+    chosen = tl.zeros([key.shape[0]], tl.int32)
+    for i in range(A):
+        best, expert, key = take_best(key)
+        total = total + best
+        prob = tl.where(rank == i, best, prob)
+        chosen = tl.where(rank == i, expert, chosen)
+    tl.store(weight_ptr + rank, weight_of(prob, bad, total, A), rank < A)
+    tl.store(expert_ptr + rank, chosen, rank < A)
 
 
 @triton.jit

@@ -140,7 +140,7 @@ def issue(ptr):
 
     The assembler puts a load off until its use, where every one would be waited for, but moves none past a store that
     may change what it reads. This store, to `ptr`, is never made."""
-    tl.store(ptr, 0.0, tl.program_id(1) > 0)
+    tl.store(ptr, 0, tl.program_id(2) > 0)
 
 
 @triton.jit

@@ -102,7 +102,7 @@ def swiglu_of(gate, up):
 
 
 @triton.jit
-def inverse_rms(x, width, eps):
+def inverse_rms(x, width: tl.constexpr, eps):
     """1 / sqrt(mean(x^2) + eps) of each row of f32 [M, W], zero beyond `width`; the mean is a sum of integers."""
     top = tl.max(magnitude(x), axis=1)  # [M]
     i = fixed_point_23(x, top[:, None])
@@ -122,11 +122,15 @@ def fixed_point_23(x, top):
 
 
 @triton.jit
-def inverse_rms_of(squares, top, width, eps):
+def inverse_rms_of(squares, top, width: tl.constexpr, eps):
     """1 / sqrt(mean + eps) from the exact sum of the squares of `fixed_point_23`."""
     total = squares.to(tl.float32)
     down = pow2(_exponent_23(top) - 23)
-    mean = (tl.div_rn(total, tl.full(total.shape, width, tl.float32)) * down) * down
+    if width & (width - 1) == 0:  # exact, and a division takes its time
+        mean = total * (1.0 / width)
+    else:
+        mean = tl.div_rn(total, tl.full(total.shape, width, tl.float32))
+    mean = (mean * down) * down
     return nan_where(top >= INF_BITS, reciprocal(tl.sqrt_rn(mean + eps)))
 
 
@@ -198,10 +202,16 @@ def codes_15(x, top, s):
 def quantize_pow2(x):
     """Each row of f32 [M, W] as i32 in -8192..8192 and one power-of-two f32 scale."""
     top = tl.max(magnitude(x), axis=1)  # [M]
-    live = (top >= TINY_BITS) & (top < INF_BITS)
+    s, scale = factors_pow2(top)
+    return codes_15(x, top[:, None], s[:, None]), scale  # below 2^13 + 1, so the limit of 15 bits changes none
+
+
+@triton.jit
+def factors_pow2(top):
+    """What a row is multiplied by, and its scale."""
+    live = _live(top)
     e = tl.where(live, exponent(top), 0)
-    v = round_even(tl.where(live[:, None], x, 0.0) * pow2(12 - e)[:, None])
-    return v, nan_where(top >= INF_BITS, tl.where(live, pow2(e - 12), 0.0))
+    return pow2(12 - e), nan_where(top >= INF_BITS, tl.where(live, pow2(e - 12), 0.0))
 
 
 @triton.jit

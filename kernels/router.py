@@ -187,6 +187,29 @@ def take_best(key):
 
 
 @triton.jit
+def expert_of_rank(key, k):
+    """The expert [BT] that `take_best` gives after `k` others, from `scores` [BT, E2].
+
+    Equal ones are taken at once: then a round waits only for its maximum."""
+    E2: tl.constexpr = key.shape[1]
+    left = key
+    seen = tl.zeros([key.shape[0]], tl.int32)
+    before = seen
+    value = seen
+    for _ in range(k + 1):
+        top = tl.max(left, axis=1)
+        same = left == top[:, None]
+        count = tl.sum(same.to(tl.int32), axis=1)
+        here = (seen <= k) & (k < seen + count)
+        value, before = tl.where(here, top, value), tl.where(here, seen, before)
+        seen += count
+        left = tl.where(same, -1, left)
+    same = key == value[:, None]
+    place = before[:, None] + tl.cumsum(same.to(tl.int32), axis=1)  # of equal ones the smaller comes first
+    return tl.max(tl.where(same & (place == k + 1), tl.arange(0, E2)[None, :], 0), axis=1)
+
+
+@triton.jit
 def weight_of(prob, bad, total, A: tl.constexpr):
     """Renormalised weight of a chosen expert from its probability; the arguments have one shape."""
     none = total <= 0.0

@@ -27,10 +27,11 @@ class AttentionTile(NamedTuple):
 
 
 class DecodeAttentionTile(NamedTuple):
-    """One program takes every `parts`-th tile of `keys` keys of a kv head."""
+    """One program takes every `parts`-th tile of `keys` keys of a kv head, for at most `heads` of its queries."""
 
     keys: int
     parts: int
+    heads: int
     warps: int
 
 
@@ -146,15 +147,20 @@ def experts_down(rows: int) -> MatvecTile:
     return MatvecTile(4, 4, 8, 12)
 
 
-def decode_attention(keys: int, groups: int, width: int, most: int) -> DecodeAttentionTile:
-    """Tile for one token over `most` of the `keys` of `groups` kv heads of `width`, if not more than a tile has; at
-    most 128 keys, or sums leave f32."""
+def decode_attention(keys: int, groups: int, per: int, width: int, most: int) -> DecodeAttentionTile:
+    """Tile for one token over `most` of the `keys` of `groups` kv heads of `width` with `per` queries each, if not more
+    than a tile has; at most 128 keys, or sums leave f32."""
     tile = max(16, min(triton.next_power_of_2(min(keys, most)), 128, 16384 // width))
     parts = triton.cdiv(keys, tile)
+    one = most <= tile
+    # A dot takes at least eight columns: two slices of four heads.
+    heads = 4 if one or per <= 4 else 8
     if interpreting():
-        return DecodeAttentionTile(tile, min(parts, 3), 4)
-    spread = max(1, 132 // groups)  # where one launch does it, all parts but the first only fetch ahead
-    return DecodeAttentionTile(tile, spread if most <= tile else min(parts, spread), 8)
+        return DecodeAttentionTile(tile, min(parts, 3), heads, 4)
+    spread = max(
+        1, 132 // (groups * triton.cdiv(per, heads))
+    )  # where one launch does it, all but the first fetch ahead
+    return DecodeAttentionTile(tile, spread if one else min(parts, spread), heads, 8)
 
 
 def argmax(columns: int) -> int:

@@ -43,7 +43,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
         "attention": AttentionTile(1, 16, 3, 4), "digest": (1, 32),
         "matvec": MatvecTile(8, 1, 4, 1), "decode_router": (1, 4),
         "experts_up": MatvecTile(64, 1, 4, 1), "experts_down": MatvecTile(32, 1, 4, 1),
-        "decode_attention": DecodeAttentionTile(16, 3, 4), "argmax": 64,
+        "decode_attention": DecodeAttentionTile(16, 3, 4, 4), "argmax": 64,
     },
     "middle": {
         "rows_of_blocks": 8, "norm_rows": 2, "heads": 8, "elementwise": 512, "dispatch": 64, "router": (32, 16),
@@ -51,7 +51,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
         "attention": AttentionTile(2, 32, 2, 4), "digest": (4, 128),
         "matvec": MatvecTile(8, 5, 4, 3, 3), "decode_router": (3, 2),
         "experts_up": MatvecTile(16, 3, 4, 2), "experts_down": MatvecTile(16, 5, 4, 2),
-        "decode_attention": DecodeAttentionTile(64, 2, 4), "argmax": 128,
+        "decode_attention": DecodeAttentionTile(64, 2, 8, 4), "argmax": 128,
     },
     "large": {
         "rows_of_blocks": 16, "norm_rows": 4, "heads": 16, "elementwise": 2048, "dispatch": 1024, "router": (16, 64),
@@ -59,7 +59,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
         "attention": AttentionTile(4, 32, 1, 8), "digest": (16, 1024),
         "matvec": MatvecTile(32, 8, 8, 99), "decode_router": (8, 8),
         "experts_up": MatvecTile(128, 4, 8, 8), "experts_down": MatvecTile(32, 8, 8, 8),
-        "decode_attention": DecodeAttentionTile(128, 1, 8), "argmax": 1024,
+        "decode_attention": DecodeAttentionTile(128, 1, 8, 8), "argmax": 1024,
     },
 }  # fmt: skip
 
