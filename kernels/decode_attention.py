@@ -41,7 +41,7 @@ from exactmoe.kernels.numerics import (
 )
 from exactmoe.kernels.packed import operand_words, store_of_rows, store_operand
 from exactmoe.kernels.prefetch import prefetch, prefetch_rows, spans
-from exactmoe.kernels.rope import RopeTable, load_heads, load_turn, normed_rotated
+from exactmoe.kernels.rope import RopeTable, load_heads, load_pair, load_turn, normed_rotated
 from exactmoe.kernels.tensors import require_f32, slices
 
 
@@ -54,6 +54,7 @@ class Attended(NamedTuple):
 
 _MAX_KEYS = 262144  # as kernels.attention
 _MAX_WIDTH = 1024  # 128 times a head's sum of int8 products stays below 2^31
+_REGISTERS = 128  # so that a program finds room beside one of the kernel before, and loads its keys early
 _INTERPRETED = tl.constexpr(interpreting())
 
 
@@ -122,13 +123,13 @@ def decode_attention(
         qkv, q_norm.weight, k_norm.weight, q_norm.eps, *rope, position, *kv,
         scratch, scores, tops, sums, arrived, *out, *ahead[:2], P,
         **sizes, RT=rows, WORDS=words, ONE=one, LATER=ahead[2], LATER2=ahead[3], WARPS=tile.warps,
-        num_warps=tile.warps, num_stages=1, **DEPENDENT, **FAITHFUL,
+        num_warps=tile.warps, num_stages=1, maxnreg=_REGISTERS, **DEPENDENT, **FAITHFUL,
     )  # fmt: skip
     if not one:
         _decode_values_kernel[(groups, tile.parts)](
             position, kv.v, kv.v_scale, scores, tops, sums, arrived, *out, P,
             **sizes, PARTS2=triton.next_power_of_2(tile.parts), WARPS=tile.warps,
-            num_warps=tile.warps, num_stages=1, **DEPENDENT, **FAITHFUL,
+            num_warps=tile.warps, num_stages=1, maxnreg=_REGISTERS, **DEPENDENT, **FAITHFUL,
         )  # fmt: skip
     return out
 
@@ -171,10 +172,10 @@ def _decode_scores_kernel(
     # A warp has whole rows, each of a query beside the new key and value, and waits for no other.
     r = tl.arange(0, RT)
     query = (r < HB) & (first + r < PER)
-    at = position + tl.zeros([RT], tl.int32)
     one = tl.zeros([1], tl.int32)
-    turn = load_turn(q_norm_ptr + one, cos_ptr, sin_ptr, query, at, C, C2)
-    turn_k = load_turn(k_norm_ptr + one, cos_ptr, sin_ptr, r < RT, at, C, C2)
+    turn = load_turn(q_norm_ptr + one, cos_ptr, sin_ptr, r < RT, position + tl.zeros([RT], tl.int32), C, C2)
+    weight, pair = load_pair(k_norm_ptr + one, C, C2)
+    turn_k = (weight, pair, turn[2], turn[3])
     prefetch(later_ptr, LATER, part * tl.num_programs(0) + group, G * SPLIT * PARTS, 32 * WARPS)
     prefetch(later2_ptr, LATER2, part * tl.num_programs(0) + group, G * SPLIT * PARTS, 32 * WARPS)
     if not ONE:

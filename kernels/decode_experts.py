@@ -113,9 +113,9 @@ def _experts_up_kernel(
     k = tl.program_id(0) // each
     part = tl.program_id(0) % each
     finish_wait()
-    release_next()
     key, bad = _scores(logits_ptr, ROWS, E, E2)
     if k == A:  # a program of its own writes the choice, which takes longer than to find one of it
+        release_next()
         _store_choice(key, bad, weight_ptr, expert_ptr, A)
         return
     expert = tl.max(expert_of_rank(key, k)).to(tl.int64)
@@ -129,6 +129,7 @@ def _experts_up_kernel(
     fetched = fetch(gate, start, n, 0, AHEAD, F, BN, TILES, NB, EACH, FORMAT, EVEN, False)
     fetched2 = fetch(up, start, n, 0, AHEAD, F, BN, TILES, NB, EACH, FORMAT2, EVEN, False)
     issue(h_ptr)
+    release_next()  # only now: the next kernel's programs would slow the choice down
     operands = load_operands(operand, h_ptr, NB, EACH, FORMAT, S)
     operands2 = operands
     if FORMAT2 != FORMAT:

@@ -22,7 +22,9 @@ from exactmoe.kernels.packed import (
     Q4_K,
     PackedMatrix,
     block_product,
+    block_sums,
     load_block,
+    load_end,
     load_head,
     load_operand,
     operand_at,
@@ -77,7 +79,7 @@ def matvec(
         FORMAT=first.format.ggml_id, FORMAT2=last.format.ggml_id, S=slices(profile), WORDS=words,
         READY=ready, BN=tile.rows, PARTS=parts, TILES=tile.tiles, LOOP=programs < sum(counts), AHEAD=tile.ahead,
         AHEAD2=min(tile.ahead, tile.tiles) if last.format.name != "Q4_K" else tile.ahead,
-        num_warps=tile.warps, **DEPENDENT, **FAITHFUL,
+        num_warps=tile.warps, maxnreg=_REGISTERS if first.format != last.format else None, **DEPENDENT, **FAITHFUL,
     )  # fmt: skip
     return y
 
@@ -85,6 +87,9 @@ def matvec(
 def parts_of(blocks: int) -> int:
     """Runs that a row of `blocks` blocks is taken in: a warp has four groups of eight lanes, a group one run."""
     return next(parts for parts in (4, 2, 1) if blocks % parts == 0)
+
+
+_REGISTERS = 128  # for two formats, or the next kernel would find no room beside this one
 
 
 @triton.jit
@@ -130,6 +135,8 @@ def fetch(
             w = load_block(planes, at, live, i // TILES, FORMAT, EVEN)
             if HEADS:
                 w = w + load_head(planes, at, live, i // TILES, FORMAT, EVEN)
+                if i % TILES == TILES - 1:
+                    w = w + load_end(planes, start, n, i // TILES, N, STEP, TILES, NB, FORMAT, EVEN)
             fetched = fetched + (w,)  # noqa: RUF005 - Triton has no *
     return fetched
 
@@ -169,16 +176,30 @@ def fold(
     lane = tl.arange(0, 8)[None, :]
     products = ()  # type: tuple[tl.tensor, ...]
     for b in tl.static_range(EACH):
-        held = tl.zeros([start.shape[0], 8], tl.float32)  # every lane has the product, and keeps that of its own tile
+        none = tl.zeros([start.shape[0], 8], tl.int32)
+        held = (none, none)  # every lane has a block's sums, and keeps those of its own tile
+        if FORMAT != Q4_K:
+            end = none.to(tl.float16)
         for t in tl.static_range(TILES):
             w = fetched[b * TILES + t]
             if not HEADS:
                 w = w + load_head(planes, start + t * STEP * NB, n + t * STEP < N, b, FORMAT, EVEN)
-            held = tl.where(lane == t, block_product(w, x[b], FORMAT, S), held)
+                if t == TILES - 1:
+                    w = w + load_end(planes, start, n, b, N, STEP, TILES, NB, FORMAT, EVEN)
+            sums = block_sums(w, x[b], FORMAT, S)
+            held = (
+                tl.where(lane == t, sums[0][:, None], held[0]),
+                tl.where(lane == t, sums[S - 1][:, None], held[1]),
+            )
+            if FORMAT != Q4_K:
+                end = tl.where(lane == t, w[3], end)
+            elif t == TILES - 1:
+                end = w[2]
+            if t == TILES - 1:
+                products = products + (block_product(held, end, x[b], FORMAT, S),)  # noqa: RUF005
             fetched = fetched + fetch(
                 planes, start, n, b * TILES + t + AHEAD, 1, N, STEP, TILES, NB, EACH, FORMAT, EVEN, HEADS
             )
-        products = products + (held,)  # noqa: RUF005
     part = tl.arange(0, PARTS)[None, :, None]
     acc = tl.zeros([start.shape[0] // PARTS, 8], tl.float32)
     for k in tl.static_range(NB):

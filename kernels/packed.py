@@ -107,16 +107,21 @@ def operand_slices(operand: Tensor, width: int) -> int:
 
 
 @triton.jit
-def dp4a(a, b, c):
-    """c plus the dot of the four signed bytes in each i32 of `a` and `b`."""
+def dp4a(a, b, c, SIGNED: tl.constexpr = True):
+    """c plus the dot of the four bytes in each i32 of `a`, signed or not, with the four signed ones in `b`."""
     if _INTERPRETED:
         total = c
         for up in tl.static_range(0, 32, 8):
-            total += ((a << up) >> 24) * ((b << up) >> 24)
+            byte = (a << up) >> 24
+            total += (byte if SIGNED else byte & 255) * ((b << up) >> 24)
         return total
-    else:
+    elif SIGNED:
         return tl.inline_asm_elementwise(
             "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            "dp4a.u32.s32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=tl.int32, is_pure=True, pack=1
         )
 
 
@@ -178,10 +183,9 @@ def _store_slice(q, start, block, at_ptr, NB: tl.constexpr, SUMS: tl.constexpr):
 
 @triton.jit
 def load_block(planes, start, live, b: tl.constexpr, FORMAT: tl.constexpr, EVEN: tl.constexpr):
-    """Blocks `start` [N] + b of the weights, i64, without `load_head`, as a tuple; nothing is awaited yet.
+    """Blocks `start` [N] + b of the weights, i64, without `load_head` and `load_end`, as a tuple; nothing is awaited.
 
-    A block is 32 words in the order of memory, so that its eight lanes of four lie in one warp; what all lanes of a row
-    need, each loads for itself."""
+    A block is 32 words in the order of memory, so that its eight lanes of four lie in one warp."""
     i = tl.arange(0, 32)[None, :]
     live = live[:, None]
     if FORMAT == Q4_K:
@@ -202,23 +206,35 @@ def _load(ptr, live, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _lanes(x):
-    """[M, 32] words as [M, 8, 4]."""
-    return tl.reshape(x, [x.shape[0], 8, 4])
-
-
-@triton.jit
-def _word(x, which):
-    """Of each lane's four words [N, 8, 4] the one that `which` says, a number or [1, 8, 1]: [N, 8]."""
-    return tl.sum(tl.where(tl.arange(0, 4)[None, None, :] == which, x, 0), axis=2)
+def _words(x):
+    """The four words of each lane's, of [M, 32], as [M, 8]."""
+    even, odd = tl.split(tl.reshape(x, [x.shape[0], 8, 2, 2]))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
 
 
 @triton.jit
 def load_head(planes, start, live, b: tl.constexpr, FORMAT: tl.constexpr, EVEN: tl.constexpr):
-    """What `load_block` leaves out: the first four words of Q4_K blocks, in every lane, as a tuple."""
+    """What every lane needs besides `load_block`: the first four words of Q4_K blocks, as a tuple."""
     if FORMAT == Q4_K:
         words_ptr = (planes[0] + start * 36 + b * 36)[:, None]
         return (_load(words_ptr + tl.arange(0, 32)[None, :] % 4, live[:, None], EVEN),)
+    else:
+        return ()
+
+
+@triton.jit
+def load_end(planes, start, n, b: tl.constexpr, N, STEP, TILES, NB, FORMAT: tl.constexpr, EVEN: tl.constexpr):
+    """What only one lane needs, to end a block's product: the first four words of Q4_K blocks again, as a tuple.
+
+    Lane t has it of tile t, whose rows `n` [M], and those of its blocks `start` [M], lie STEP rows of NB blocks behind
+    those of the tile before; lanes without a tile have that of the last."""
+    if FORMAT == Q4_K:
+        i = tl.arange(0, 32)[None, :]
+        row = tl.minimum(i // 4, TILES - 1) * STEP
+        words_ptr = planes[0] + (start[:, None] + row * NB + b) * 36 + i % 4
+        return (_load(words_ptr, n[:, None] + row < N, EVEN),)
     else:
         return ()
 
@@ -253,27 +269,48 @@ def _load_slice(x_ptr, sums_ptr, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def block_product(w, x, FORMAT: tl.constexpr, S: tl.constexpr):
-    """P of a block: xd * (d*S - dmin*T) for Q4_K, xd * (d*S) for Q6_K, of the tuples of `load_block` with
-    `load_head`, and of `load_operand`.
-
-    It is [N, 8], the same in every lane."""
+def block_sums(w, x, FORMAT: tl.constexpr, S: tl.constexpr):
+    """The exact sums over blocks, i32 [N] for each slice, from `load_block` with `load_head`, and `load_operand`: of
+    sc*q*x for Q4_K, 4 times that of sc*(q-32)*x for Q6_K."""
+    sums = ()  # type: tuple[tl.tensor, ...]
+    u = tl.arange(0, 8)[None, :]
     if FORMAT == Q4_K:
-        scales, mins, d, dmin = _unpack_q4_k(_lanes(w[1]))
-        s, t = _sums_q4_k(_lanes(w[0]), scales, mins, x[0], x[1], x[2], x[3])
+        _, first, _, third = _words(w[1])
+        low = u < 4  # lanes whose sub-blocks are of the first four: their scales are in `first` alone
+        scales = tl.where(low, first, third) & tl.where(low, 0x3F3F3F3F, _NIBBLES)
+        scales = (scales | ((first >> 2) & tl.where(low, 0, _HIGH_PAIRS))) >> (u // 2 % 2 * 16)
+        sums = sums + (_sum_q4_k(w[0], scales, x[0], x[1]),)  # noqa: RUF005 - Triton has no *
         if S == 2:
-            s_lo, t_lo = _sums_q4_k(_lanes(w[0]), scales, mins, x[4], x[5], x[6], x[7])
-            s = 128.0 * s + s_lo
-            t = 128.0 * t + t_lo
-        return x[4 * S][:, None] * (d * s[:, None] - dmin * t)
+            sums = sums + (_sum_q4_k(w[0], scales, x[4], x[5]),)  # noqa: RUF005
     else:
-        u = tl.arange(0, 8)[None, :]
         # Four scales a word: that of the lane's row of 32 is byte u//2%2, that of two rows on the next but one.
-        scales = _word(_lanes(w[2]), (u // 4 * 2 + u % 2)[:, :, None])
-        s = _sum_q6_k(w, scales, x[0], x[1])
+        first, second, third, fourth = _words(w[2])
+        odd = u % 2 == 1
+        scales = tl.where(u < 4, tl.where(odd, second, first), tl.where(odd, fourth, third))
+        sums = sums + (_sum_q6_k(w, scales, x[0], x[1]),)  # noqa: RUF005 - Triton has no *
         if S == 2:
-            s = 128.0 * s + _sum_q6_k(w, scales, x[2], x[3])
-        return tl.broadcast_to(x[2 * S][:, None] * (w[3].to(tl.float32) * s[:, None]), scales.shape)
+            sums = sums + (_sum_q6_k(w, scales, x[2], x[3]),)  # noqa: RUF005
+    return sums
+
+
+@triton.jit
+def block_product(sums, end, x, FORMAT: tl.constexpr, S: tl.constexpr):
+    """P of blocks, [N, 8]: xd * (d*S - dmin*T) for Q4_K, xd * (d*S) for Q6_K; each lane has the `block_sums` of its own
+    tile, and as `end` its `load_end`, or for Q6_K its d."""
+    if FORMAT == Q4_K:
+        first, _, third, fourth = _words(end)
+        mins = (third & 0x3F3F3F3F, ((fourth >> 4) & _NIBBLES) | ((third >> 2) & _HIGH_PAIRS))
+        s = sums[0].to(tl.float32)
+        t = _sum_of_mins(mins, x[2], x[3]).to(tl.float32)
+        if S == 2:
+            s = 128.0 * s + sums[1].to(tl.float32)
+            t = 128.0 * t + _sum_of_mins(mins, x[6], x[7]).to(tl.float32)
+        return x[4 * S][:, None] * (_half(first) * s - _half(first >> 16) * t)
+    else:
+        s = (sums[0] >> 2).to(tl.float32)
+        if S == 2:
+            s = 128.0 * s + (sums[1] >> 2).to(tl.float32)
+        return x[2 * S][:, None] * (end.to(tl.float32) * s)
 
 
 @triton.jit
@@ -283,41 +320,42 @@ def _half(word):
 
 
 @triton.jit
-def _unpack_q4_k(head):
-    """Of blocks' first four words: scales and mins of the 8 sub-blocks, each as two i32 of 4 bytes; d and dmin."""
-    h0, h1, h2, h3 = _word(head, 0), _word(head, 1), _word(head, 2), _word(head, 3)
-    scales = (h1 & 0x3F3F3F3F, (h3 & _NIBBLES) | ((h1 >> 2) & _HIGH_PAIRS))
-    mins = (h2 & 0x3F3F3F3F, ((h3 >> 4) & _NIBBLES) | ((h2 >> 2) & _HIGH_PAIRS))
-    return scales, mins, _half(h0), _half(h0 >> 16)
+def _dot(a, b, SIGNED: tl.constexpr):
+    """The sum over each lane's four words, [M, 8] of [M, 32], of what `dp4a` gives."""
+    a0, a1, a2, a3 = _words(a)
+    b0, b1, b2, b3 = _words(b)
+    return dp4a(a3, b3, dp4a(a2, b2, dp4a(a1, b1, dp4a(a0, b0, 0, SIGNED), SIGNED), SIGNED), SIGNED)
 
 
 @triton.jit
-def _sums_q4_k(words, scales, mins, x_low, x_high, first, last):
-    """f32 of the exact sums over one block and slice: of sc*q*x, [N], and of mn*x, [N, 8], the same in every lane."""
-    low = tl.sum(dp4a(words & _NIBBLES, _lanes(x_low), 0), axis=2)
-    high = tl.sum(dp4a((words >> 4) & _NIBBLES, _lanes(x_high), 0), axis=2)
-    u = tl.arange(0, 8)[None, :]
-    pair = tl.where(u < 4, scales[0], scales[1]) >> (u // 2 % 2 * 16)
-    s = tl.sum((pair & 255) * low + ((pair >> 8) & 255) * high, axis=1)
+def _sum_q4_k(words, scales, x_low, x_high):
+    """The exact sum of sc*q*x over one block and slice, [N]; of each lane's `scales` the low byte is of the sub-block
+    in the low nibbles, the next of that in the high ones."""
+    low = _dot(words & _NIBBLES, x_low, True)
+    high = _dot(words & ~_NIBBLES, x_high, False) >> 4  # the nibbles where they stand: 16 times their sum
+    return tl.sum((scales & 255) * low + ((scales >> 8) & 255) * high, axis=1)
+
+
+@triton.jit
+def _sum_of_mins(mins, first, last):
+    """The exact sum of mn*x over one block and slice, [N, 8]: of two words of `mins` with the sums of x, i64 [N]."""
     first, last = first[:, None], last[:, None]
     t = dp2a((first >> 32).to(tl.int32), mins[0], dp2a(first.to(tl.int32), mins[0], 0, 0), 1)
-    t = dp2a((last >> 32).to(tl.int32), mins[1], dp2a(last.to(tl.int32), mins[1], t, 0), 1)
-    return s.to(tl.float32), t.to(tl.float32)
+    return dp2a((last >> 32).to(tl.int32), mins[1], dp2a(last.to(tl.int32), mins[1], t, 0), 1)
 
 
 @triton.jit
 def _sum_q6_k(w, scales, x_first, x_second):
-    """f32 of the exact sum of sc*(q-32)*x over one block and slice, [N]; `scales` [N, 8] hold each lane's."""
-    low, high = _lanes(w[0]), _lanes(w[1])
+    """Four times the exact sum of sc*(q-32)*x over one block and slice, [N]; `scales` [N, 8] hold each lane's."""
     u = tl.arange(0, 8)[None, :]
-    up = u // 2 % 2 * 2  # the lane's row of 32 lies this many bits further up in `high`
-    s = _scaled(low << 2, high << (6 - up)[:, :, None], x_first, scales << (24 - up * 4))
-    s += _scaled(low >> 2, high << (2 - up)[:, :, None], x_second, scales << (8 - up * 4))
-    return (tl.sum(s, axis=1) >> 2).to(tl.float32)
+    up = u // 2 % 2 * 2  # the lane's row of 32 lies this many bits further up in the high bits
+    every = tl.reshape(tl.broadcast_to(up[:, :, None], [1, 8, 4]), [1, 32])
+    s = _scaled(w[0] << 2, w[1] << (6 - every), x_first, scales << (24 - up * 4))
+    s += _scaled(w[0] >> 2, w[1] << (2 - every), x_second, scales << (8 - up * 4))
+    return tl.sum(s, axis=1)
 
 
 @triton.jit
 def _scaled(low, high, x, scales):
     """4 * sc * sum((q-32)*x) of each lane's sub-block, [N, 8]; sc is the top byte of `scales`."""
-    dot = tl.sum(dp4a((low & _CODES_UP) | (high & _TOP_PAIRS), _lanes(x), 0), axis=2)
-    return (scales >> 24) * dot
+    return (scales >> 24) * _dot((low & _CODES_UP) | (high & _TOP_PAIRS), x, True)

@@ -95,13 +95,20 @@ def load_turn(w_ptr, cos_ptr, sin_ptr, live, position, C: tl.constexpr, C2: tl.c
     """What heads [M] are normed and turned with: weights at `w_ptr` [1] or [M], their pairs', cos and sin."""
     half: tl.constexpr = C // 2
     c = tl.arange(0, C2)
-    inside = (c < C)[None, :]
+    inside = live[:, None] & (c < C)[None, :]
     at = position.to(tl.int64)[:, None] * half + (c % half)[None, :]
+    weight, pair = load_pair(w_ptr, C, C2)
+    return weight, pair, tl.load(cos_ptr + at, inside, 0.0), tl.load(sin_ptr + at, inside, 0.0)
+
+
+@triton.jit
+def load_pair(w_ptr, C: tl.constexpr, C2: tl.constexpr):
+    """Weights of a head's norm at `w_ptr` [1] or [M], and beside them those of the elements that theirs turn with."""
+    c = tl.arange(0, C2)
+    inside = (c < C)[None, :]
     return (
         tl.load(w_ptr[:, None] + c[None, :], inside, 0.0),
         tl.load(w_ptr[:, None] + _pair(C, C2)[None, :], inside, 0.0),
-        tl.load(cos_ptr + at, live[:, None] & inside, 0.0),
-        tl.load(sin_ptr + at, live[:, None] & inside, 0.0),
     )
 
 
