@@ -112,30 +112,33 @@ def _experts_up_kernel(
     each: tl.constexpr = (F + BN * TILES - 1) // (BN * TILES)
     k = tl.program_id(0) // each
     part = tl.program_id(0) % each
+    r = tl.arange(0, BN * PARTS)
+    skip = r % PARTS * EACH
     finish_wait()
+    # First what does not depend on the choice: it would come behind the weights, and none could be used without it.
+    operand = operand_at(operand_ptr, skip, NB, S)
+    operands = load_operands(operand, h_ptr, NB, EACH, FORMAT, S)
+    operands2 = operands
+    if FORMAT2 != FORMAT:
+        operands2 = load_operands(operand, h_ptr, NB, EACH, FORMAT2, S)
+    issue(h_ptr)
     key, bad = _scores(logits_ptr, ROWS, E, E2)
     if k == A:  # a program of its own writes the choice, which takes longer than to find one of it
         release_next()
         _store_choice(key, bad, weight_ptr, expert_ptr, A)
         return
     expert = tl.max(expert_of_rank(key, k)).to(tl.int64)
-    r = tl.arange(0, BN * PARTS)
-    skip = r % PARTS * EACH
-    operand = operand_at(operand_ptr, skip, NB, S)
     n = part * (BN * TILES) + r // PARTS
     start = (expert * F + n) * NB + skip
     gate = (words_ptr, high_ptr, scales_ptr, d_ptr)
     up = (words2_ptr, high2_ptr, scales2_ptr, d2_ptr)
-    fetched = fetch(gate, start, n, 0, AHEAD, F, BN, TILES, NB, EACH, FORMAT, EVEN, False)
-    fetched2 = fetch(up, start, n, 0, AHEAD, F, BN, TILES, NB, EACH, FORMAT2, EVEN, False)
+    fetched = fetch(gate, up, start, n, 0, AHEAD, F, BN, TILES, NB, EACH, FORMAT, FORMAT2, EVEN, True)
     issue(h_ptr)
     release_next()  # only now: the next kernel's programs would slow the choice down
-    operands = load_operands(operand, h_ptr, NB, EACH, FORMAT, S)
-    operands2 = operands
-    if FORMAT2 != FORMAT:
-        operands2 = load_operands(operand, h_ptr, NB, EACH, FORMAT2, S)
-    g = fold(fetched, gate, start, n, operands, F, BN, TILES, NB, PARTS, FORMAT, S, EVEN, AHEAD, False)
-    u = fold(fetched2, up, start, n, operands2, F, BN, TILES, NB, PARTS, FORMAT2, S, EVEN, AHEAD, False)
+    g, u = fold(
+        fetched, gate, up, start, n, operands, operands2, h_ptr,
+        F, BN, TILES, NB, PARTS, FORMAT, FORMAT2, S, EVEN, AHEAD, True,
+    )  # fmt: skip
     # Only now, or the weights of this launch would come later.
     later = (later_ptr, later2_ptr, later3_ptr, later4_ptr)
     for plane in tl.static_range(4):
@@ -185,7 +188,7 @@ def _experts_down_kernel(
         at = (ranks * FB + b)[:, None] * 256 + tl.arange(0, 256)[None, :]
         x = x + (tl.load(h_ptr + at, (ranks < A)[:, None], 0.0),)  # noqa: RUF005 - Triton has no *
     start = (expert * D + n) * FB
-    fetched = fetch(planes, start, n, 0, AHEAD, D, BN, TILES, FB, FB, FORMAT, EVEN, True)
+    fetched = fetch(planes, (), start, n, 0, AHEAD, D, BN, TILES, FB, FB, FORMAT, 0, EVEN, True)
     y_at = tile_rows(first, BN, BN)
     live = of_a_tile(TILES) & (y_at < D)
     before = tl.load(x_ptr + y_at, live, 0.0)
@@ -194,7 +197,10 @@ def _experts_down_kernel(
     tl.debug_barrier()
     weight = tl.load(weight_ptr + k)
     operands = load_operands(operand_at(own_ptr + k * WORDS, 0, FB, S), y_ptr, FB, FB, FORMAT, S)
-    y = fold(fetched, planes, start, n, operands, D, BN, TILES, FB, 1, FORMAT, S, EVEN, AHEAD, True)
+    y, _ = fold(
+        fetched, planes, (), start, n, operands, (), y_ptr,
+        D, BN, TILES, FB, 1, FORMAT, 0, S, EVEN, AHEAD, True,
+    )  # fmt: skip
     # Through memory, and not from layout to layout: then a thread folds all ranks of a feature.
     part_ptr = (own_ptr + A * WORDS).to(tl.pointer_type(tl.float32), bitcast=True)
     column = tl.arange(0, 8)[None, :]

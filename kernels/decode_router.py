@@ -13,7 +13,7 @@ from exactmoe.kernels.dependent import DEPENDENT, finish_wait, release_next
 from exactmoe.kernels.errors import require
 from exactmoe.kernels.formats import BLOCK
 from exactmoe.kernels.launch import FAITHFUL
-from exactmoe.kernels.matvec import Norm, block_index, load_norm, load_row
+from exactmoe.kernels.matvec import Norm, block_index, load_norm, load_row, normed
 from exactmoe.kernels.numerics import INF_BITS, exponent, magnitude, nan_where, pow2, round_even
 from exactmoe.kernels.packed import operand_words, store_operand
 from exactmoe.kernels.router import RouterWeight, router_bits
@@ -68,7 +68,7 @@ def _decode_router_kernel(
         norm = load_norm(norm_ptr, NB, NB2)
         finish_wait()
         release_next()
-        x = load_row(x_ptr, norm, eps, NB, NB2)
+        x = normed(load_row(x_ptr, NB, NB2), norm, eps, D)
         top = tl.max(magnitude(x))
         bad = top >= INF_BITS
         ex = tl.where(bad, 0, tl.maximum(exponent(top), -100)) + tl.zeros([1, 1], tl.int32)
@@ -83,5 +83,5 @@ def _decode_router_kernel(
         norm = load_norm(norm_ptr, NB, NB2)
         finish_wait()
         release_next()
-        x = load_row(x_ptr, norm, eps, NB, NB2)
+        x = normed(load_row(x_ptr, NB, NB2), norm, eps, D)
         store_operand(x, tl.zeros([NB2], tl.int32), tl.arange(0, NB2), operand_ptr, NB, S, True)

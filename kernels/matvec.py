@@ -32,6 +32,7 @@ from exactmoe.kernels.packed import (
     operand_stride,
     store_operand,
 )
+from exactmoe.kernels.prefetch import prefetch
 from exactmoe.kernels.tensors import require_f32, slices
 
 
@@ -79,7 +80,8 @@ def matvec(
         FORMAT=first.format.ggml_id, FORMAT2=last.format.ggml_id, S=slices(profile), WORDS=words,
         READY=ready, BN=tile.rows, PARTS=parts, TILES=tile.tiles, LOOP=programs < sum(counts), AHEAD=tile.ahead,
         AHEAD2=min(tile.ahead, tile.tiles) if last.format.name != "Q4_K" else tile.ahead,
-        num_warps=tile.warps, maxnreg=_REGISTERS if first.format != last.format else None, **DEPENDENT, **FAITHFUL,
+        BYTES=first.plane_bytes, BYTES2=last.plane_bytes, WARPS=tile.warps, num_warps=tile.warps,
+        maxnreg=_REGISTERS if first.format != last.format else None, **DEPENDENT, **FAITHFUL,
     )  # fmt: skip
     return y
 
@@ -100,17 +102,21 @@ def block_index(NB2: tl.constexpr):
 
 @triton.jit
 def load_norm(norm_ptr, NB: tl.constexpr, NB2: tl.constexpr):
-    """The weights of a norm as `load_row` takes them: weights, so not to be waited for."""
+    """The weights of a norm as `normed` takes them: weights, so not to be waited for."""
     j = block_index(NB2)
     return tl.load(norm_ptr + j, j < NB * 256, 0.0)
 
 
 @triton.jit
-def load_row(x_ptr, weight, eps, NB: tl.constexpr, NB2: tl.constexpr):
-    """The row x [NB*256] as f32 [NB2, 256], zero beyond its blocks; RMS-normed, unless the norm's weight is None."""
+def load_row(x_ptr, NB: tl.constexpr, NB2: tl.constexpr):
+    """The row x [NB*256] as f32 [NB2, 256], zero beyond its blocks."""
     j = block_index(NB2)
-    K: tl.constexpr = NB * 256
-    x = tl.load(x_ptr + j, j < K, 0.0)
+    return tl.load(x_ptr + j, j < NB * 256, 0.0)
+
+
+@triton.jit
+def normed(x, weight, eps, K: tl.constexpr):
+    """The row of `load_row`, of K elements, RMS-normed; as it is if the norm's weight is None."""
     if weight is not None:
         top = tl.max(magnitude(x)) + tl.zeros([1, 1], tl.int32)  # a number, so that no layout is in the way
         i = fixed_point_23(x, top)
@@ -121,24 +127,48 @@ def load_row(x_ptr, weight, eps, NB: tl.constexpr, NB2: tl.constexpr):
 
 @triton.jit
 def fetch(
-    planes, start, n, first: tl.constexpr, count: tl.constexpr,
+    planes, planes2, start, n, first: tl.constexpr, count: tl.constexpr,
     N: tl.constexpr, STEP: tl.constexpr, TILES: tl.constexpr, NB: tl.constexpr, EACH: tl.constexpr,
-    FORMAT: tl.constexpr, EVEN: tl.constexpr, HEADS: tl.constexpr,
+    FORMAT: tl.constexpr, FORMAT2: tl.constexpr, EVEN: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     """`count` blocks from the `first` on, on their way, of those that `fold` takes: for each of a row's EACH blocks
-    here, that of every tile; with their HEADS or without."""
+    here, that of every tile, of the first matrix and then of the second, if FORMAT2 is not 0; with HEADS or without."""
     fetched = ()  # type: tuple[tl.tensor, ...]
     for i in tl.static_range(first, first + count):
         if i < EACH * TILES:
-            at = start + i % TILES * STEP * NB
-            live = n + i % TILES * STEP < N
-            w = load_block(planes, at, live, i // TILES, FORMAT, EVEN)
-            if HEADS:
-                w = w + load_head(planes, at, live, i // TILES, FORMAT, EVEN)
-                if i % TILES == TILES - 1:
-                    w = w + load_end(planes, start, n, i // TILES, N, STEP, TILES, NB, FORMAT, EVEN)
-            fetched = fetched + (w,)  # noqa: RUF005 - Triton has no *
+            fetched = fetched + (  # noqa: RUF005 - Triton has no *
+                _fetch(planes, start, n, i, N, STEP, TILES, NB, FORMAT, EVEN, HEADS),
+            )
+        elif FORMAT2 > 0 and i < 2 * EACH * TILES:
+            fetched = fetched + (  # noqa: RUF005
+                _fetch(planes2, start, n, i - EACH * TILES, N, STEP, TILES, NB, FORMAT2, EVEN, HEADS),
+            )
     return fetched
+
+
+@triton.jit
+def _fetch(
+    planes, start, n, i: tl.constexpr, N: tl.constexpr, STEP: tl.constexpr, TILES: tl.constexpr, NB: tl.constexpr,
+    FORMAT: tl.constexpr, EVEN: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    at = start + i % TILES * STEP * NB
+    live = n + i % TILES * STEP < N
+    w = load_block(planes, at, live, i // TILES, FORMAT, EVEN)
+    if HEADS:
+        w = w + _heads(planes, start, n, i, N, STEP, TILES, NB, FORMAT, EVEN)
+    return w
+
+
+@triton.jit
+def _heads(
+    planes, start, n, i: tl.constexpr, N: tl.constexpr, STEP: tl.constexpr, TILES: tl.constexpr, NB: tl.constexpr,
+    FORMAT: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    at = start + i % TILES * STEP * NB
+    head = load_head(planes, at, n + i % TILES * STEP < N, i // TILES, FORMAT, EVEN)
+    if i % TILES == TILES - 1:
+        head = head + load_end(planes, start, n, i // TILES, N, STEP, TILES, NB, FORMAT, EVEN)
+    return head
 
 
 @triton.jit
@@ -162,48 +192,78 @@ def load_operands(x, ptr, NB: tl.constexpr, EACH: tl.constexpr, FORMAT: tl.const
 
 @triton.jit
 def fold(
-    fetched, planes, start, n, x,
+    fetched, planes, planes2, start, n, x, x2, ptr,
     N: tl.constexpr, STEP: tl.constexpr, TILES: tl.constexpr, NB: tl.constexpr, PARTS: tl.constexpr,
-    FORMAT: tl.constexpr, S: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr, HEADS: tl.constexpr,
+    FORMAT: tl.constexpr, FORMAT2: tl.constexpr, S: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr,
+    HEADS: tl.constexpr,
 ):  # fmt: skip
     """y [M // PARTS, 8] of rows against `load_operands`' x: their block products, left to right. Column t is tile t's.
+    And that of the same rows of a second matrix against x2, or if FORMAT2 is 0 the first again.
 
     M runs of NB // PARTS blocks begin with blocks `start` [M], i64, of rows `n` [M]; PARTS of them, one behind the
     other, are a row. Tile t's are t * STEP rows further on; there are at most eight. What is not less than N is no
-    row. The first AHEAD blocks are `fetched`; each one used makes room for one more."""
+    row. The first AHEAD blocks are `fetched`; each one used makes room for one more. `ptr` is `issue`'s."""
     EACH: tl.constexpr = NB // PARTS
+    COUNT: tl.constexpr = EACH * TILES
     tl.static_assert(TILES <= 8)
-    lane = tl.arange(0, 8)[None, :]
+    none = tl.zeros([start.shape[0], 8], tl.int32)
     products = ()  # type: tuple[tl.tensor, ...]
-    for b in tl.static_range(EACH):
-        none = tl.zeros([start.shape[0], 8], tl.int32)
-        held = (none, none)  # every lane has a block's sums, and keeps those of its own tile
-        if FORMAT != Q4_K:
-            end = none.to(tl.float16)
-        for t in tl.static_range(TILES):
-            w = fetched[b * TILES + t]
+    for i in tl.static_range(2 * COUNT if FORMAT2 > 0 else COUNT):
+        w = fetched[i]
+        if i % TILES == 0:
+            held = (none, none, none.to(tl.float16))
+        if i < COUNT:
             if not HEADS:
-                w = w + load_head(planes, start + t * STEP * NB, n + t * STEP < N, b, FORMAT, EVEN)
-                if t == TILES - 1:
-                    w = w + load_end(planes, start, n, b, N, STEP, TILES, NB, FORMAT, EVEN)
-            sums = block_sums(w, x[b], FORMAT, S)
-            held = (
-                tl.where(lane == t, sums[0][:, None], held[0]),
-                tl.where(lane == t, sums[S - 1][:, None], held[1]),
-            )
-            if FORMAT != Q4_K:
-                end = tl.where(lane == t, w[3], end)
-            elif t == TILES - 1:
-                end = w[2]
-            if t == TILES - 1:
-                products = products + (block_product(held, end, x[b], FORMAT, S),)  # noqa: RUF005
-            fetched = fetched + fetch(
-                planes, start, n, b * TILES + t + AHEAD, 1, N, STEP, TILES, NB, EACH, FORMAT, EVEN, HEADS
-            )
+                w = w + _heads(planes, start, n, i, N, STEP, TILES, NB, FORMAT, EVEN)
+            held = _hold(held, w, x[i // TILES], i % TILES, FORMAT, S)
+            if i % TILES == TILES - 1:
+                products = products + (_product(held, w, x[i // TILES], FORMAT, S),)  # noqa: RUF005
+        else:
+            if not HEADS:
+                w = w + _heads(planes2, start, n, i - COUNT, N, STEP, TILES, NB, FORMAT2, EVEN)
+            held = _hold(held, w, x2[(i - COUNT) // TILES], i % TILES, FORMAT2, S)
+            if i % TILES == TILES - 1:
+                products = products + (_product(held, w, x2[(i - COUNT) // TILES], FORMAT2, S),)  # noqa: RUF005
+        more = fetch(planes, planes2, start, n, i + AHEAD, 1, N, STEP, TILES, NB, EACH, FORMAT, FORMAT2, EVEN, HEADS)
+        if len(more) > 0:
+            issue(ptr)
+        fetched = fetched + more
+    y = _in_order(products, 0, EACH, NB, PARTS)
+    y2 = y
+    if FORMAT2 > 0:
+        y2 = _in_order(products, EACH, EACH, NB, PARTS)
+    return y, y2
+
+
+@triton.jit
+def _hold(held, w, x, t: tl.constexpr, FORMAT: tl.constexpr, S: tl.constexpr):
+    """`held` with the sums of tile t's block, for each slice, and Q6_K's d, in lane t: every lane has them, and keeps
+    those of its own tile."""
+    own = tl.arange(0, 8)[None, :] == t
+    sums = block_sums(w, x, FORMAT, S)
+    d = held[2]
+    if FORMAT != Q4_K:
+        d = tl.where(own, w[3], d)
+    return tl.where(own, sums[0][:, None], held[0]), tl.where(own, sums[S - 1][:, None], held[1]), d
+
+
+@triton.jit
+def _product(held, w, x, FORMAT: tl.constexpr, S: tl.constexpr):
+    """The products of all tiles' blocks, of which `w` is the last, [M, 8]."""
+    if FORMAT == Q4_K:
+        return block_product(held, w[2], x, FORMAT, S)
+    else:
+        return block_product(held, held[2], x, FORMAT, S)
+
+
+@triton.jit
+def _in_order(products, first: tl.constexpr, EACH: tl.constexpr, NB: tl.constexpr, PARTS: tl.constexpr):
+    """The sum of NB products, EACH in each of PARTS runs of rows [M, 8], left to right: [M // PARTS, 8]."""
+    M: tl.constexpr = products[0].shape[0] // PARTS
     part = tl.arange(0, PARTS)[None, :, None]
-    acc = tl.zeros([start.shape[0] // PARTS, 8], tl.float32)
+    acc = tl.zeros([M, 8], tl.float32)
     for k in tl.static_range(NB):
-        bits = tl.reshape(bits_of(products[k % EACH]), [start.shape[0] // PARTS, PARTS, 8])
+        bits = tl.reshape(bits_of(products[first + k % EACH]), [M, PARTS, 8])
         acc = acc + from_bits(tl.sum(tl.where(part == k // EACH, bits, 0), axis=1))
     return acc
 
@@ -225,6 +285,7 @@ def _segment(
     pid, programs, planes, x_ptr, norm_ptr, eps, residual_ptr, y_ptr, at_ptr,
     NB: tl.constexpr, NB2: tl.constexpr, N: tl.constexpr, FORMAT: tl.constexpr, S: tl.constexpr, READY: tl.constexpr,
     BN: tl.constexpr, PARTS: tl.constexpr, TILES: tl.constexpr, LOOP: tl.constexpr, AHEAD: tl.constexpr,
+    BYTES: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     """Rows of one matrix, from the `pid`th BN * TILES on."""
     EVEN: tl.constexpr = N % (BN * TILES) == 0
@@ -233,15 +294,23 @@ def _segment(
     skip = r % PARTS * EACH
     n = pid * (BN * TILES) + r // PARTS
     start = n.to(tl.int64) * NB + skip
-    if not LOOP:
-        fetched = fetch(planes, start, n, 0, AHEAD, N, BN, TILES, NB, EACH, FORMAT, EVEN, READY)
     norm = norm_ptr
     if norm_ptr is not None:
         norm = load_norm(norm_ptr, NB, NB2)
+    if READY:
+        fetched = fetch(planes, (), start, n, 0, AHEAD, N, BN, TILES, NB, EACH, FORMAT, 0, EVEN, READY)
+    elif not LOOP:  # as far as to the cache: the row would come behind what is on its way to this program
+        for plane in tl.static_range(4):
+            prefetch(planes[plane], BYTES[plane], pid, (N + BN * TILES - 1) // (BN * TILES), 32 * WARPS)
     finish_wait()
     release_next()
     if not READY:
-        x = load_row(x_ptr, norm, eps, NB, NB2)
+        x = load_row(x_ptr, NB, NB2)
+        if not LOOP:
+            issue(y_ptr)
+            fetched = fetch(planes, (), start, n, 0, AHEAD, N, BN, TILES, NB, EACH, FORMAT, 0, EVEN, READY)
+            issue(y_ptr)
+        x = normed(x, norm, eps, NB * 256)
         store_operand(x, tl.zeros([NB2], tl.int32), tl.arange(0, NB2), at_ptr, NB, S, FORMAT == Q4_K)
         tl.debug_barrier()
     operand = operand_at(at_ptr, skip, NB, S)
@@ -251,9 +320,12 @@ def _segment(
         for i in range(pid, tl.cdiv(N, BN * TILES), programs):
             n = i * (BN * TILES) + r // PARTS
             start = n.to(tl.int64) * NB + skip
-            fetched = fetch(planes, start, n, 0, AHEAD, N, BN, TILES, NB, EACH, FORMAT, EVEN, READY)
+            fetched = fetch(planes, (), start, n, 0, AHEAD, N, BN, TILES, NB, EACH, FORMAT, 0, EVEN, READY)
             tl.debug_barrier()
-            y = fold(fetched, planes, start, n, operands, N, BN, TILES, NB, PARTS, FORMAT, S, EVEN, AHEAD, READY)
+            y, _ = fold(
+                fetched, planes, (), start, n, operands, (), y_ptr,
+                N, BN, TILES, NB, PARTS, FORMAT, 0, S, EVEN, AHEAD, READY,
+            )  # fmt: skip
             at = tile_rows(i * (BN * TILES), BN, BN)
             tl.store(y_ptr + at, y, of_a_tile(TILES) & (at < N))
     else:
@@ -262,7 +334,10 @@ def _segment(
         if residual_ptr is not None:
             before = tl.load(residual_ptr + at, live, 0.0)
         operands = load_operands(operand, y_ptr, NB, EACH, FORMAT, S)
-        y = fold(fetched, planes, start, n, operands, N, BN, TILES, NB, PARTS, FORMAT, S, EVEN, AHEAD, READY)
+        y, _ = fold(
+            fetched, planes, (), start, n, operands, (), y_ptr,
+            N, BN, TILES, NB, PARTS, FORMAT, 0, S, EVEN, AHEAD, READY,
+        )  # fmt: skip
         if residual_ptr is not None:
             y = before + y
         tl.store(y_ptr + at, y, live)
@@ -275,7 +350,7 @@ def _matvec_kernel(
     NB: tl.constexpr, NB2: tl.constexpr, N: tl.constexpr, N2: tl.constexpr,
     FORMAT: tl.constexpr, FORMAT2: tl.constexpr, S: tl.constexpr, WORDS: tl.constexpr, READY: tl.constexpr,
     BN: tl.constexpr, PARTS: tl.constexpr, TILES: tl.constexpr, LOOP: tl.constexpr, AHEAD: tl.constexpr,
-    AHEAD2: tl.constexpr,
+    AHEAD2: tl.constexpr, BYTES: tl.constexpr, BYTES2: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     planes = (words_ptr, high_ptr, scales_ptr, d_ptr)
@@ -286,12 +361,12 @@ def _matvec_kernel(
     if N2 == 0 or pid < tiles_before:
         _segment(
             pid, tl.num_programs(0), planes, x_ptr, norm_ptr, eps, residual_ptr, y_ptr, at_ptr,
-            NB, NB2, N, FORMAT, S, READY, BN, PARTS, TILES, LOOP, AHEAD,
+            NB, NB2, N, FORMAT, S, READY, BN, PARTS, TILES, LOOP, AHEAD, BYTES, WARPS,
         )  # fmt: skip
     else:
         tl.static_assert(residual_ptr is None)
         planes2 = (words2_ptr, high2_ptr, scales2_ptr, d2_ptr)
         _segment(
             pid - tiles_before, 0, planes2, x_ptr, norm_ptr, eps, None, y_ptr + N, at_ptr,
-            NB, NB2, N2, FORMAT2, S, READY, BN, PARTS, TILES, LOOP, AHEAD2,
+            NB, NB2, N2, FORMAT2, S, READY, BN, PARTS, TILES, LOOP, AHEAD2, BYTES2, WARPS,
         )  # fmt: skip
