@@ -102,11 +102,11 @@ def swiglu_of(gate, up):
 
 
 @triton.jit
-def inverse_rms(x, width: tl.constexpr, eps):
-    """1 / sqrt(mean(x^2) + eps) of each row of f32 [M, W], zero beyond `width`; the mean is a sum of integers."""
+def inverse_rms(x, WIDTH: tl.constexpr, eps):
+    """1 / sqrt(mean(x^2) + eps) of each row of f32 [M, W], zero beyond WIDTH; the mean is a sum of integers."""
     top = tl.max(magnitude(x), axis=1)  # [M]
     i = fixed_point_23(x, top[:, None])
-    return inverse_rms_of(tl.sum(i * i, axis=1), top, width, eps)
+    return inverse_rms_of(tl.sum(i * i, axis=1), top, WIDTH, eps)
 
 
 @triton.jit
@@ -122,14 +122,14 @@ def fixed_point_23(x, top):
 
 
 @triton.jit
-def inverse_rms_of(squares, top, width: tl.constexpr, eps):
+def inverse_rms_of(squares, top, WIDTH: tl.constexpr, eps):
     """1 / sqrt(mean + eps) from the exact sum of the squares of `fixed_point_23`."""
     total = squares.to(tl.float32)
     down = pow2(_exponent_23(top) - 23)
-    if width & (width - 1) == 0:  # exact, and a division takes its time
-        mean = total * (1.0 / width)
+    if WIDTH & (WIDTH - 1) == 0:  # exact, and a division takes its time
+        mean = total * (1.0 / WIDTH)
     else:
-        mean = tl.div_rn(total, tl.full(total.shape, width, tl.float32))
+        mean = tl.div_rn(total, tl.full(total.shape, WIDTH, tl.float32))
     mean = (mean * down) * down
     return nan_where(top >= INF_BITS, reciprocal(tl.sqrt_rn(mean + eps)))
 
