@@ -168,7 +168,7 @@ def _decode_scores_kernel(
     k_high, k_low = _slices(k)
     wide = _widest(vs)
     if ONE:
-        v_high, v_low = _carried_slices(tl.trans(_load_tile(v_ptr, s, s < position, g, G, C, C2)))
+        v_high, v_low, _ = _load_values(v_ptr, vs_ptr, s, s < position, g, G, C, C2)
     # A warp has whole rows, each of a query beside the new key and value, and waits for no other.
     r = tl.arange(0, RT)
     query = (r < HB) & (first + r < PER)
@@ -235,21 +235,15 @@ def _decode_scores_kernel(
                 new_score, new_vs = _score_one(places, factor, j)
                 top, w = _marked(new_score, new_vs, own)
                 tl.store(scores_ptr + head.to(tl.int64) * P + position, new_score, own)
-            seen = (s < position)[:, None] & own[None, :]
-            score, tile_top = _scores(slices, factor, k_high, k_low, ks, vs, seen)
+            score_ptr = scores_ptr + head[None, :].to(tl.int64) * P
+            tile_top = _score_tile(score_ptr, slices, factor, (k_high, k_low, ks, vs), s, position, own)
             top, w = tl.maximum(top, tile_top), tl.maximum(w, wide)
-            tl.store(scores_ptr + head[None, :].to(tl.int64) * P + s[:, None], score, seen)
-            s += PARTS * BK
-            k, ks, vs = _load_keys(k_ptr, ks_ptr, vs_ptr, s, s < position, g, G, C, C2)
-            for _ in range(part + PARTS, count, PARTS):
-                k_high, k_low = _slices(k)
-                wide = _widest(vs)
-                seen = (s < position)[:, None] & own[None, :]
-                score, tile_top = _scores(slices, factor, k_high, k_low, ks, vs, seen)
-                top, w = tl.maximum(top, tile_top), tl.maximum(w, wide)
-                tl.store(scores_ptr + head[None, :].to(tl.int64) * P + s[:, None], score, seen)
-                s += PARTS * BK
+            for tile in range(part + PARTS, count, PARTS):
+                s = tile * BK + tl.arange(0, BK)
                 k, ks, vs = _load_keys(k_ptr, ks_ptr, vs_ptr, s, s < position, g, G, C, C2)
+                k_high, k_low = _slices(k)
+                tile_top = _score_tile(score_ptr, slices, factor, (k_high, k_low, ks, vs), s, position, own)
+                top, w = tl.maximum(top, tile_top), tl.maximum(w, _widest(vs))
             tl.store(tops_ptr + head * PARTS + part, top, own)
             tl.store(tops_ptr + (H + g) * PARTS + part + 0 * j, w, j == 0)
             if part == 0:
@@ -294,9 +288,14 @@ def _score_one(places, factor, j):
 def _marked(score, vs, seen):
     """`score` where `seen`, but inf where it, or the value's scale, is not finite, and -inf elsewhere; and that scale,
     0 where it is not finite, or it would hide what `_weights` divides by. All have one shape."""
-    far = magnitude(vs) >= INF_BITS
-    strange = (magnitude(score) >= INF_BITS) | far
-    return tl.where(seen, tl.where(strange, float("inf"), score), float("-inf")), tl.where(far, 0.0, vs)
+    strange = (magnitude(score) >= INF_BITS) | (magnitude(vs) >= INF_BITS)
+    return tl.where(seen, tl.where(strange, float("inf"), score), float("-inf")), _finite(vs)
+
+
+@triton.jit
+def _finite(x):
+    """`x` where it is finite, else 0."""
+    return tl.where(magnitude(x) < INF_BITS, x, 0.0)
 
 
 @triton.jit
@@ -308,10 +307,28 @@ def _scores(q, factor, k_high, k_low, ks, vs, seen):
 
 
 @triton.jit
+def _score_tile(score_ptr, q, factor, keys, s, position, own):
+    """Store the scores of keys `s` [BK], rows of `score_ptr` [1, HB], and return each head's largest.
+
+    `keys` are their slices, their scales, and those of the values."""
+    seen = (s < position)[:, None] & own[None, :]
+    score, top = _scores(q, factor, keys[0], keys[1], keys[2], keys[3], seen)
+    tl.store(score_ptr + s[:, None], score, seen)
+    return top
+
+
+@triton.jit
 def _load_keys(k_ptr, ks_ptr, vs_ptr, s, live, g, G: tl.constexpr, C: tl.constexpr, C2: tl.constexpr):
     """Keys `s`, their scales and those of their values, where `live`; else 0."""
     slot = s.to(tl.int64) * G + g
     return _load_tile(k_ptr, s, live, g, G, C, C2), tl.load(ks_ptr + slot, live, 0.0), tl.load(vs_ptr + slot, live, 0.0)
+
+
+@triton.jit
+def _load_values(v_ptr, vs_ptr, s, live, g, G: tl.constexpr, C: tl.constexpr, C2: tl.constexpr):
+    """`_carried_slices` of values `s` as columns, [C2, BK], and their scales, where `live`; else 0."""
+    high, low = _carried_slices(tl.trans(_load_tile(v_ptr, s, live, g, G, C, C2)))
+    return high, low, tl.load(vs_ptr + s.to(tl.int64) * G + g, live, 0.0)
 
 
 @triton.jit
@@ -325,7 +342,7 @@ def _load_tile(ptr, s, live, g, G: tl.constexpr, C: tl.constexpr, C2: tl.constex
 @triton.jit
 def _widest(vs):
     """The largest of the finite scales `vs` [BK]; what is not finite must not hide what `_weights` divides by."""
-    return tl.max(tl.where(magnitude(vs) < INF_BITS, vs, 0.0))
+    return tl.max(_finite(vs))
 
 
 @triton.jit
@@ -388,7 +405,7 @@ def _weights(score, seen, m, vs, w):
     """Probabilities and weights of keys as integers, i32; all have one shape. `vs` is the values' scale, `w` the
     largest of the context."""
     p = fixed_point(score, seen, m)
-    vs = tl.where(magnitude(vs) < INF_BITS, vs, 0.0)  # a head that sees one not finite is `bad`
+    vs = _finite(vs)  # a head that sees one not finite is `bad`
     return round_even(p * P_ONE), round_even((p * tl.div_rn(vs, tl.where(w > 0.0, w, 1.0))) * P_ONE)
 
 
@@ -469,36 +486,39 @@ def _decode_values_kernel(
     position = tl.load(position_ptr)
     count = position // BK + 1
     s = part * BK + tl.arange(0, BK)
-    v_high, v_low = _carried_slices(tl.trans(_load_tile(v_ptr, s, s < position, g, G, C, C2)))
-    vs = tl.load(vs_ptr + s.to(tl.int64) * G + g, s < position, 0.0)
+    v_high, v_low, vs = _load_values(v_ptr, vs_ptr, s, s < position, g, G, C, C2)
     finish_wait()
     release_next()
     active = tl.minimum(count, PARTS)
     if part < active:
-        i = tl.arange(0, PARTS2)[:, None]
-        inside = i < active
-        top = tl.max(tl.load(tops_ptr + head[None, :] * PARTS + i, inside & own[None, :], float("-inf")), axis=0)
-        w = tl.max(tl.load(tops_ptr + (H + g) * PARTS + i + 0 * j[None, :], inside, 0.0), axis=0)
+        # Scores before the largest are known, so that one does not wait for the other.
+        inside = (s < position)[:, None] & own[None, :]
+        score = tl.load(scores_ptr + head[None, :].to(tl.int64) * P + s[:, None], inside, 0.0)
+        last = (count - 1) % PARTS == part
+        slot = position.to(tl.int64) * G + g
+        new_v = tl.load(v_ptr + slot * C + c, last & (c < C), 0)
+        new_vs = tl.load(vs_ptr + slot + 0 * j, last & own, 0.0)
+        new_score = tl.load(scores_ptr + head.to(tl.int64) * P + position, last & own, 0.0)
+        # A head is a row: it lies in one warp, which waits for no other.
+        i = tl.arange(0, PARTS2)[None, :]
+        part_tops = tl.load(tops_ptr + head[:, None] * PARTS + i, (i < active) & own[:, None], float("-inf"))
+        part_wide = tl.load(tops_ptr + (H + g) * PARTS + i + 0 * j[:, None], i < active, 0.0)
+        top, w = tl.max(part_tops, axis=1), tl.max(part_wide, axis=1)
         bad = top == float("inf")
         m = tl.where(bad, 0.0, top)
         valid = (own & (bad == 0))[None, :]
         seen = (s < position)[:, None] & valid
-        score = tl.load(scores_ptr + head[None, :].to(tl.int64) * P + s[:, None], seen, 0.0)
         part_den, num = _weighted(score, seen, m[None, :], vs, w, v_high, v_low)
         den = part_den.to(tl.int64)
         for tile in range(part + PARTS, count, PARTS):
             s = tile * BK + tl.arange(0, BK)
-            v_high, v_low = _carried_slices(tl.trans(_load_tile(v_ptr, s, s < position, g, G, C, C2)))
-            vs = tl.load(vs_ptr + s.to(tl.int64) * G + g, s < position, 0.0)
+            v_high, v_low, vs = _load_values(v_ptr, vs_ptr, s, s < position, g, G, C, C2)
             seen = (s < position)[:, None] & valid
             score = tl.load(scores_ptr + head[None, :].to(tl.int64) * P + s[:, None], seen, 0.0)
             part_den, part_num = _weighted(score, seen, m[None, :], vs, w, v_high, v_low)
             den += part_den.to(tl.int64)
             num += part_num
-        if (count - 1) % PARTS == part:
-            slot = position.to(tl.int64) * G + g
-            new_v, new_vs = tl.load(v_ptr + slot * C + c, c < C, 0), tl.load(vs_ptr + slot + 0 * j)
-            new_score = tl.load(scores_ptr + head.to(tl.int64) * P + position, own, 0.0)
+        if last:
             new_den, new_num = _weighted_one(new_score, own & (bad == 0), m, new_vs, w, new_v)
             den += new_den.to(tl.int64)
             num += new_num

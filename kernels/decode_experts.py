@@ -1,6 +1,6 @@
 """One token through its experts, in two launches.      logits [E] f32, operand of x [D] -> h [A, F] -> y [D] f32
-Promised order: as route, grouped_matmul, swiglu, quantize, combine and add, one after another; every program of the
-first chooses for itself, every one of the second quantises for itself."""
+Promised order: as route, grouped_matmul, swiglu, quantize, combine and add, one after another; every program chooses
+for itself, and every one of the second launch quantises for itself."""
 
 from typing import NamedTuple
 
@@ -18,7 +18,6 @@ from exactmoe.kernels.launch import FAITHFUL
 from exactmoe.kernels.matvec import fetch, fold, issue, load_operands, of_a_tile, parts_of, tile_rows
 from exactmoe.kernels.numerics import swiglu_of
 from exactmoe.kernels.packed import Q4_K, PackedMatrix, operand_at, operand_slices, operand_stride, store_operand
-from exactmoe.kernels.prefetch import prefetch
 from exactmoe.kernels.router import expert_of_rank, scores, take_best, weight_of
 from exactmoe.kernels.tensors import require_f32, slices
 
@@ -27,16 +26,16 @@ class Activated(NamedTuple):
     """What the second launch takes."""
 
     h: Tensor  # [A, F] f32, the chosen experts' rows, best first
-    weight: Tensor  # [A] f32
-    expert: Tensor  # [A] i32
+    logits: Tensor  # [E] f32, from which it chooses again, while the first still runs
 
 
-def experts_up(
-    routed: Routed, gate: PackedMatrix, up: PackedMatrix, top_k: int, later: PackedMatrix | None = None
-) -> Activated:
-    """silu(gate) * up of the `top_k` experts that the logits choose, best first, and the choice.
+_REGISTERS = 128  # so that the second launch finds room beside the first, and fetches its weights early
 
-    Their part of `later` is fetched ahead. Bit-equal to parity.reference.decode_experts.experts_up."""
+
+def experts_up(routed: Routed, gate: PackedMatrix, up: PackedMatrix, top_k: int) -> Activated:
+    """silu(gate) * up of the `top_k` experts that the logits choose, best first.
+
+    Bit-equal to parity.reference.decode_experts.experts_up."""
     E = routed.logits.shape[0]
     require_f32(routed.logits, "logits", E)
     require(1 <= top_k <= E, f"top_k must be 1 to the {E} experts, got {top_k}")
@@ -46,21 +45,15 @@ def experts_up(
         )
     F, NB = gate.n, gate.k // BLOCK
     S = operand_slices(routed.operand, gate.k)
-    device = routed.logits.device
-    out = Activated(
-        torch.empty(top_k, F, dtype=torch.float32, device=device),
-        torch.empty(top_k, dtype=torch.float32, device=device),
-        torch.empty(top_k, dtype=torch.int32, device=device),
-    )
+    h = torch.empty(top_k, F, dtype=torch.float32, device=routed.logits.device)
     tile = tiles.experts_up(F)
-    _experts_up_kernel[(top_k * triton.cdiv(F, tile.rows * tile.tiles) + 1,)](
-        *routed, *gate.planes, *up.planes, *out, *(later.planes if later else (None,) * 4),
-        LATER=later.plane_bytes if later else (0,) * 4,
-        E=E, E2=triton.next_power_of_2(E), A=top_k, ROWS=max(tile.warps, triton.next_power_of_2(top_k)), NB=NB, F=F,
+    _experts_up_kernel[(top_k * triton.cdiv(F, tile.rows * tile.tiles),)](
+        routed.logits, routed.operand, *gate.planes, *up.planes, h,
+        E=E, E2=triton.next_power_of_2(E), ROWS=tile.warps, NB=NB, F=F,
         FORMAT=gate.format.ggml_id, FORMAT2=up.format.ggml_id, S=S, BN=tile.rows, PARTS=parts_of(NB), TILES=tile.tiles,
-        AHEAD=tile.ahead, WARPS=tile.warps, num_warps=tile.warps, **DEPENDENT, **FAITHFUL,
+        AHEAD=tile.ahead, num_warps=tile.warps, **DEPENDENT, **FAITHFUL,
     )  # fmt: skip
-    return out
+    return Activated(h, routed.logits)
 
 
 def experts_down(activated: Activated, down: PackedMatrix, x: Tensor, profile: str) -> Tensor:
@@ -70,11 +63,9 @@ def experts_down(activated: Activated, down: PackedMatrix, x: Tensor, profile: s
     A, F = activated.h.shape
     A2 = triton.next_power_of_2(A)
     require_f32(activated.h, "h", A, down.k)
-    require_f32(activated.weight, "weight", A)
-    require(
-        activated.expert.shape == (A,) and activated.expert.dtype == torch.int32, f"chosen experts must be i32 [{A}]"
-    )
-    require(1 <= A <= down.experts, f"{A} of {down.experts} experts")
+    E = down.experts
+    require(1 <= A <= E, f"{A} of {E} experts")
+    require_f32(activated.logits, "logits", E)
     require_f32(x, "x", down.n)
     D, FB = down.n, F // BLOCK
     y = torch.empty_like(x)
@@ -84,9 +75,10 @@ def experts_down(activated: Activated, down: PackedMatrix, x: Tensor, profile: s
     stride = A * words + A2 * tile.rows * tile.tiles
     scratch = torch.empty(programs, stride, dtype=torch.int32, device=x.device)
     _experts_down_kernel[(programs,)](
-        activated.weight, activated.expert, activated.h, *down.planes, x, y, scratch,
-        A=A, A2=A2, FB=FB, D=D, FORMAT=down.format.ggml_id, S=slices(profile), WORDS=words, STRIDE=stride,
-        BN=tile.rows, TILES=tile.tiles, AHEAD=tile.ahead, num_warps=tile.warps, **DEPENDENT, **FAITHFUL,
+        activated.logits, activated.h, *down.planes, x, y, scratch,
+        E=E, E2=triton.next_power_of_2(E), A=A, A2=A2, FB=FB, D=D,
+        FORMAT=down.format.ggml_id, S=slices(profile), WORDS=words, STRIDE=stride, BN=tile.rows, TILES=tile.tiles,
+        AHEAD=tile.ahead, num_warps=tile.warps, maxnreg=_REGISTERS, **DEPENDENT, **FAITHFUL,
     )  # fmt: skip
     return y
 
@@ -102,10 +94,9 @@ def _scores(logits_ptr, ROWS: tl.constexpr, E: tl.constexpr, E2: tl.constexpr):
 @triton.jit
 def _experts_up_kernel(
     logits_ptr, operand_ptr, words_ptr, high_ptr, scales_ptr, d_ptr, words2_ptr, high2_ptr, scales2_ptr, d2_ptr, h_ptr,
-    weight_ptr, expert_ptr, later_ptr, later2_ptr, later3_ptr, later4_ptr, LATER: tl.constexpr,
-    E: tl.constexpr, E2: tl.constexpr, A: tl.constexpr, ROWS: tl.constexpr, NB: tl.constexpr, F: tl.constexpr,
+    E: tl.constexpr, E2: tl.constexpr, ROWS: tl.constexpr, NB: tl.constexpr, F: tl.constexpr,
     FORMAT: tl.constexpr, FORMAT2: tl.constexpr, S: tl.constexpr,
-    BN: tl.constexpr, PARTS: tl.constexpr, TILES: tl.constexpr, AHEAD: tl.constexpr, WARPS: tl.constexpr,
+    BN: tl.constexpr, PARTS: tl.constexpr, TILES: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     EVEN: tl.constexpr = F % (BN * TILES) == 0
     EACH: tl.constexpr = NB // PARTS
@@ -122,84 +113,69 @@ def _experts_up_kernel(
     if FORMAT2 != FORMAT:
         operands2 = load_operands(operand, h_ptr, NB, EACH, FORMAT2, S)
     issue(h_ptr)
-    key, bad = _scores(logits_ptr, ROWS, E, E2)
-    if k == A:  # a program of its own writes the choice, which takes longer than to find one of it
-        release_next()
-        _store_choice(key, bad, weight_ptr, expert_ptr, A)
-        return
+    key, _ = _scores(logits_ptr, ROWS, E, E2)
     expert = tl.max(expert_of_rank(key, k)).to(tl.int64)
     n = part * (BN * TILES) + r // PARTS
     start = (expert * F + n) * NB + skip
     gate = (words_ptr, high_ptr, scales_ptr, d_ptr)
     up = (words2_ptr, high2_ptr, scales2_ptr, d2_ptr)
-    fetched = fetch(gate, up, start, n, 0, AHEAD, F, BN, TILES, NB, EACH, FORMAT, FORMAT2, EVEN, True)
-    issue(h_ptr)
     release_next()  # only now: the next kernel's programs would slow the choice down
+    fetched = fetch(gate, up, start, n, 0, AHEAD, F, BN, TILES, NB, EACH, FORMAT, FORMAT2, EVEN)
+    issue(h_ptr)
+    release_next()  # of no effect, but no load is put off beyond it
     g, u = fold(
         fetched, gate, up, start, n, operands, operands2, h_ptr,
-        F, BN, TILES, NB, PARTS, FORMAT, FORMAT2, S, EVEN, AHEAD, True,
+        F, BN, TILES, NB, PARTS, FORMAT, FORMAT2, S, EVEN, AHEAD,
     )  # fmt: skip
-    # Only now, or the weights of this launch would come later.
-    later = (later_ptr, later2_ptr, later3_ptr, later4_ptr)
-    for plane in tl.static_range(4):
-        if LATER[plane] > 0:
-            byte_ptr = later[plane].to(tl.pointer_type(tl.int8), bitcast=True) + expert * LATER[plane]
-            prefetch(byte_ptr, LATER[plane], part, each, 32 * WARPS)
     at = tile_rows(part * (BN * TILES), BN, BN)
     tl.store(h_ptr + k * F + at, swiglu_of(g, u), of_a_tile(TILES) & (at < F))
 
 
 @triton.jit
-def _store_choice(key, bad, weight_ptr, expert_ptr, A: tl.constexpr):
-    """Store the A best experts of `scores` [R, E2], R times the same row with R >= A, and their weights."""
-    rank = tl.arange(0, key.shape[0])
-    prob = tl.zeros([key.shape[0]], tl.float32)
-    total = tl.zeros([key.shape[0]], tl.float32)
-    chosen = tl.zeros([key.shape[0]], tl.int32)
-    for i in range(A):
-        best, expert, key = take_best(key)
-        total = total + best
-        prob = tl.where(rank == i, best, prob)
-        chosen = tl.where(rank == i, expert, chosen)
-    tl.store(weight_ptr + rank, weight_of(prob, bad, total, A), rank < A)
-    tl.store(expert_ptr + rank, chosen, rank < A)
-
-
-@triton.jit
 def _experts_down_kernel(
-    weight_ptr, expert_ptr, h_ptr, words_ptr, high_ptr, scales_ptr, d_ptr, x_ptr, y_ptr, scratch_ptr,
+    logits_ptr, h_ptr, words_ptr, high_ptr, scales_ptr, d_ptr, x_ptr, y_ptr, scratch_ptr,
+    E: tl.constexpr, E2: tl.constexpr,
     A: tl.constexpr, A2: tl.constexpr, FB: tl.constexpr, D: tl.constexpr, FORMAT: tl.constexpr, S: tl.constexpr,
     WORDS: tl.constexpr, STRIDE: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     EVEN: tl.constexpr = A == A2 and D % (BN * TILES) == 0
     planes = (words_ptr, high_ptr, scales_ptr, d_ptr)
-    finish_wait()
-    release_next()
+    # The logits are older than the kernel before this one: while that runs, the weights are on their way.
+    ranks = tl.arange(0, A2)
+    key, bad = _scores(logits_ptr, A2, E, E2)
+    prob, total = tl.zeros([A2], tl.float32), tl.zeros([A2], tl.float32)
+    expert = tl.zeros([A2], tl.int32)
+    for rank in range(A):
+        best, chosen, key = take_best(key)
+        total = total + best
+        prob, expert = tl.where(ranks == rank, best, prob), tl.where(ranks == rank, chosen, expert)
+    weight = weight_of(prob, bad, total, A)
     # A tile's rows are BN features of every rank: row k*BN + i is feature i of the expert of rank k.
+    expert = tl.reshape(tl.broadcast_to(expert[:, None], [A2, BN]), [A2 * BN]).to(tl.int64)
+    weight = tl.reshape(tl.broadcast_to(weight[:, None], [A2, BN]), [A2 * BN])
     r = tl.arange(0, A2 * BN)
     k = tl.minimum(r // BN, A - 1)
     first = tl.program_id(0) * (BN * TILES)
     n = tl.where(r < A * BN, first + r % BN, D)
-    expert = tl.load(expert_ptr + k).to(tl.int64)
+    start = (expert * D + n) * FB
+    y_at = tile_rows(first, BN, BN)
+    live = of_a_tile(TILES) & (y_at < D)
+    before = tl.load(x_ptr + y_at, live, 0.0)
     own_ptr = scratch_ptr + tl.program_id(0) * STRIDE
-    ranks = tl.arange(0, A2)
+    fetched = fetch(planes, (), start, n, 0, AHEAD, D, BN, TILES, FB, FB, FORMAT, 0, EVEN)
+    finish_wait()
+    release_next()
     x = ()  # type: tuple[tl.tensor, ...]
     for b in tl.static_range(FB):
         at = (ranks * FB + b)[:, None] * 256 + tl.arange(0, 256)[None, :]
         x = x + (tl.load(h_ptr + at, (ranks < A)[:, None], 0.0),)  # noqa: RUF005 - Triton has no *
-    start = (expert * D + n) * FB
-    fetched = fetch(planes, (), start, n, 0, AHEAD, D, BN, TILES, FB, FB, FORMAT, 0, EVEN, True)
-    y_at = tile_rows(first, BN, BN)
-    live = of_a_tile(TILES) & (y_at < D)
-    before = tl.load(x_ptr + y_at, live, 0.0)
     for b in tl.static_range(FB):
         store_operand(x[b], ranks * WORDS, tl.where(ranks < A, b, FB), own_ptr, FB, S, FORMAT == Q4_K)
     tl.debug_barrier()
-    weight = tl.load(weight_ptr + k)
     operands = load_operands(operand_at(own_ptr + k * WORDS, 0, FB, S), y_ptr, FB, FB, FORMAT, S)
     y, _ = fold(
         fetched, planes, (), start, n, operands, (), y_ptr,
-        D, BN, TILES, FB, 1, FORMAT, 0, S, EVEN, AHEAD, True,
+        D, BN, TILES, FB, 1, FORMAT, 0, S, EVEN, AHEAD,
     )  # fmt: skip
     # Through memory, and not from layout to layout: then a thread folds all ranks of a feature.
     part_ptr = (own_ptr + A * WORDS).to(tl.pointer_type(tl.float32), bitcast=True)

@@ -16,6 +16,7 @@ from exactmoe.kernels import tiles
 from exactmoe.kernels.dependent import DEPENDENT, finish_wait, release_next
 from exactmoe.kernels.errors import require
 from exactmoe.kernels.formats import BLOCK
+from exactmoe.kernels.guess import Guess, fetch_guess, guess_arguments
 from exactmoe.kernels.launch import FAITHFUL
 from exactmoe.kernels.numerics import bits_of, fixed_point_23, from_bits, inverse_rms_of, magnitude
 from exactmoe.kernels.packed import (
@@ -25,15 +26,16 @@ from exactmoe.kernels.packed import (
     block_sums,
     load_block,
     load_end,
-    load_head,
     load_operand,
     operand_at,
     operand_slices,
     operand_stride,
+    scales_of,
     store_operand,
 )
-from exactmoe.kernels.prefetch import prefetch
 from exactmoe.kernels.tensors import require_f32, slices
+
+_REGISTERS = 128  # for two formats, or the next kernel would find no room beside this one
 
 
 class Norm(NamedTuple):
@@ -44,12 +46,17 @@ class Norm(NamedTuple):
 
 
 def matvec(
-    weights: Sequence[PackedMatrix], x: Tensor, profile: str, norm: Norm | None = None, residual: Tensor | None = None
+    weights: Sequence[PackedMatrix],
+    x: Tensor,
+    profile: str,
+    norm: Norm | None = None,
+    residual: Tensor | None = None,
+    guess: Guess | None = None,
 ) -> Tensor:
     """y [sum N] of one or two matrices over the row x [K], normed first where asked, plus `residual` [sum N].
 
-    In place of the row there may be its operand, i32, which another kernel has made; then there is no norm. Bit-equal
-    to parity.reference.matvec.matvec."""
+    In place of the row there may be its operand, i32, which another kernel has made; then there is no norm, and `guess`
+    is fetched ahead. Bit-equal to parity.reference.matvec.matvec."""
     require(1 <= len(weights) <= 2, f"one or two matrices, got {len(weights)}")
     K = weights[0].k
     for w in weights:
@@ -72,15 +79,16 @@ def matvec(
     counts = [triton.cdiv(w.n, tile.rows * tile.tiles) for w in weights]
     programs = min(sum(counts), tile.programs) if len(weights) == 1 else sum(counts)
     words = 0 if ready else operand_stride(K, slices(profile))
+    guessed, sizes = guess_arguments(guess)
     scratch = torch.empty(programs, words, dtype=torch.int32, device=x.device) if words else None
     _matvec_kernel[(programs,)](
         x, norm.weight if norm else None, norm.eps if norm else 0.0, residual, y, scratch,
-        *first.planes, *last.planes,
+        *first.planes, *last.planes, *guessed,
         NB=K // BLOCK, NB2=triton.next_power_of_2(K // BLOCK), N=first.n, N2=last.n if len(weights) == 2 else 0,
         FORMAT=first.format.ggml_id, FORMAT2=last.format.ggml_id, S=slices(profile), WORDS=words,
         READY=ready, BN=tile.rows, PARTS=parts, TILES=tile.tiles, LOOP=programs < sum(counts), AHEAD=tile.ahead,
         AHEAD2=min(tile.ahead, tile.tiles) if last.format.name != "Q4_K" else tile.ahead,
-        BYTES=first.plane_bytes, BYTES2=last.plane_bytes, WARPS=tile.warps, num_warps=tile.warps,
+        PROGRAMS=programs, WARPS=tile.warps, **sizes, num_warps=tile.warps,
         maxnreg=_REGISTERS if first.format != last.format else None, **DEPENDENT, **FAITHFUL,
     )  # fmt: skip
     return y
@@ -89,9 +97,6 @@ def matvec(
 def parts_of(blocks: int) -> int:
     """Runs that a row of `blocks` blocks is taken in: a warp has four groups of eight lanes, a group one run."""
     return next(parts for parts in (4, 2, 1) if blocks % parts == 0)
-
-
-_REGISTERS = 128  # for two formats, or the next kernel would find no room beside this one
 
 
 @triton.jit
@@ -129,19 +134,19 @@ def normed(x, weight, eps, K: tl.constexpr):
 def fetch(
     planes, planes2, start, n, first: tl.constexpr, count: tl.constexpr,
     N: tl.constexpr, STEP: tl.constexpr, TILES: tl.constexpr, NB: tl.constexpr, EACH: tl.constexpr,
-    FORMAT: tl.constexpr, FORMAT2: tl.constexpr, EVEN: tl.constexpr, HEADS: tl.constexpr,
+    FORMAT: tl.constexpr, FORMAT2: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """`count` blocks from the `first` on, on their way, of those that `fold` takes: for each of a row's EACH blocks
-    here, that of every tile, of the first matrix and then of the second, if FORMAT2 is not 0; with HEADS or without."""
+    here, that of every tile, of the first matrix and then of the second, if FORMAT2 is not 0."""
     fetched = ()  # type: tuple[tl.tensor, ...]
     for i in tl.static_range(first, first + count):
         if i < EACH * TILES:
             fetched = fetched + (  # noqa: RUF005 - Triton has no *
-                _fetch(planes, start, n, i, N, STEP, TILES, NB, FORMAT, EVEN, HEADS),
+                _fetch(planes, start, n, i, N, STEP, TILES, NB, FORMAT, EVEN),
             )
         elif FORMAT2 > 0 and i < 2 * EACH * TILES:
             fetched = fetched + (  # noqa: RUF005
-                _fetch(planes2, start, n, i - EACH * TILES, N, STEP, TILES, NB, FORMAT2, EVEN, HEADS),
+                _fetch(planes2, start, n, i - EACH * TILES, N, STEP, TILES, NB, FORMAT2, EVEN),
             )
     return fetched
 
@@ -149,26 +154,14 @@ def fetch(
 @triton.jit
 def _fetch(
     planes, start, n, i: tl.constexpr, N: tl.constexpr, STEP: tl.constexpr, TILES: tl.constexpr, NB: tl.constexpr,
-    FORMAT: tl.constexpr, EVEN: tl.constexpr, HEADS: tl.constexpr,
-):  # fmt: skip
-    at = start + i % TILES * STEP * NB
-    live = n + i % TILES * STEP < N
-    w = load_block(planes, at, live, i // TILES, FORMAT, EVEN)
-    if HEADS:
-        w = w + _heads(planes, start, n, i, N, STEP, TILES, NB, FORMAT, EVEN)
-    return w
-
-
-@triton.jit
-def _heads(
-    planes, start, n, i: tl.constexpr, N: tl.constexpr, STEP: tl.constexpr, TILES: tl.constexpr, NB: tl.constexpr,
     FORMAT: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    at = start + i % TILES * STEP * NB
-    head = load_head(planes, at, n + i % TILES * STEP < N, i // TILES, FORMAT, EVEN)
-    if i % TILES == TILES - 1:
-        head = head + load_end(planes, start, n, i // TILES, N, STEP, TILES, NB, FORMAT, EVEN)
-    return head
+    """The `i`th block, and with the first tile's what those of all tiles have once, as a tuple."""
+    end = ()  # type: tuple[tl.tensor, ...]
+    if i % TILES == 0:
+        end = (load_end(planes, start, n, i // TILES, N, STEP, TILES, NB, FORMAT, EVEN),)
+    step: tl.constexpr = i % TILES * STEP
+    return load_block(planes, start + step * NB, n + step < N, i // TILES, FORMAT, EVEN) + end
 
 
 @triton.jit
@@ -195,7 +188,6 @@ def fold(
     fetched, planes, planes2, start, n, x, x2, ptr,
     N: tl.constexpr, STEP: tl.constexpr, TILES: tl.constexpr, NB: tl.constexpr, PARTS: tl.constexpr,
     FORMAT: tl.constexpr, FORMAT2: tl.constexpr, S: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr,
-    HEADS: tl.constexpr,
 ):  # fmt: skip
     """y [M // PARTS, 8] of rows against `load_operands`' x: their block products, left to right. Column t is tile t's.
     And that of the same rows of a second matrix against x2, or if FORMAT2 is 0 the first again.
@@ -210,21 +202,21 @@ def fold(
     products = ()  # type: tuple[tl.tensor, ...]
     for i in tl.static_range(2 * COUNT if FORMAT2 > 0 else COUNT):
         w = fetched[i]
-        if i % TILES == 0:
-            held = (none, none, none.to(tl.float16))
         if i < COUNT:
-            if not HEADS:
-                w = w + _heads(planes, start, n, i, N, STEP, TILES, NB, FORMAT, EVEN)
-            held = _hold(held, w, x[i // TILES], i % TILES, FORMAT, S)
+            if i % TILES == 0:
+                end, held = w[-1], (none, none)
+                scales = scales_of(end, FORMAT)
+            held = _hold(held, w, scales, x[i // TILES], i % TILES, FORMAT, S)
             if i % TILES == TILES - 1:
-                products = products + (_product(held, w, x[i // TILES], FORMAT, S),)  # noqa: RUF005
+                products = products + (block_product(held, end, x[i // TILES], FORMAT, S),)  # noqa: RUF005
         else:
-            if not HEADS:
-                w = w + _heads(planes2, start, n, i - COUNT, N, STEP, TILES, NB, FORMAT2, EVEN)
-            held = _hold(held, w, x2[(i - COUNT) // TILES], i % TILES, FORMAT2, S)
+            if i % TILES == 0:
+                end, held = w[-1], (none, none)
+                scales = scales_of(end, FORMAT2)
+            held = _hold(held, w, scales, x2[(i - COUNT) // TILES], i % TILES, FORMAT2, S)
             if i % TILES == TILES - 1:
-                products = products + (_product(held, w, x2[(i - COUNT) // TILES], FORMAT2, S),)  # noqa: RUF005
-        more = fetch(planes, planes2, start, n, i + AHEAD, 1, N, STEP, TILES, NB, EACH, FORMAT, FORMAT2, EVEN, HEADS)
+                products = products + (block_product(held, end, x2[(i - COUNT) // TILES], FORMAT2, S),)  # noqa: RUF005
+        more = fetch(planes, planes2, start, n, i + AHEAD, 1, N, STEP, TILES, NB, EACH, FORMAT, FORMAT2, EVEN)
         if len(more) > 0:
             issue(ptr)
         fetched = fetched + more
@@ -236,24 +228,11 @@ def fold(
 
 
 @triton.jit
-def _hold(held, w, x, t: tl.constexpr, FORMAT: tl.constexpr, S: tl.constexpr):
-    """`held` with the sums of tile t's block, for each slice, and Q6_K's d, in lane t: every lane has them, and keeps
-    those of its own tile."""
+def _hold(held, w, scales, x, t: tl.constexpr, FORMAT: tl.constexpr, S: tl.constexpr):
+    """`held` with the sums of tile t's block, for each slice, in lane t: each has them, and keeps its own tile's."""
     own = tl.arange(0, 8)[None, :] == t
-    sums = block_sums(w, x, FORMAT, S)
-    d = held[2]
-    if FORMAT != Q4_K:
-        d = tl.where(own, w[3], d)
-    return tl.where(own, sums[0][:, None], held[0]), tl.where(own, sums[S - 1][:, None], held[1]), d
-
-
-@triton.jit
-def _product(held, w, x, FORMAT: tl.constexpr, S: tl.constexpr):
-    """The products of all tiles' blocks, of which `w` is the last, [M, 8]."""
-    if FORMAT == Q4_K:
-        return block_product(held, w[2], x, FORMAT, S)
-    else:
-        return block_product(held, held[2], x, FORMAT, S)
+    sums = block_sums(w, scales, t, x, FORMAT, S)
+    return tl.where(own, sums[0][:, None], held[0]), tl.where(own, sums[S - 1][:, None], held[1])
 
 
 @triton.jit
@@ -282,10 +261,11 @@ def of_a_tile(TILES: tl.constexpr):
 
 @triton.jit
 def _segment(
-    pid, programs, planes, x_ptr, norm_ptr, eps, residual_ptr, y_ptr, at_ptr,
+    pid, planes, x_ptr, norm_ptr, eps, residual_ptr, y_ptr, at_ptr,
     NB: tl.constexpr, NB2: tl.constexpr, N: tl.constexpr, FORMAT: tl.constexpr, S: tl.constexpr, READY: tl.constexpr,
     BN: tl.constexpr, PARTS: tl.constexpr, TILES: tl.constexpr, LOOP: tl.constexpr, AHEAD: tl.constexpr,
-    BYTES: tl.constexpr, WARPS: tl.constexpr,
+    later, LATER: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, A: tl.constexpr, PROGRAMS: tl.constexpr,
+    WARPS: tl.constexpr,
 ):  # fmt: skip
     """Rows of one matrix, from the `pid`th BN * TILES on."""
     EVEN: tl.constexpr = N % (BN * TILES) == 0
@@ -297,19 +277,14 @@ def _segment(
     norm = norm_ptr
     if norm_ptr is not None:
         norm = load_norm(norm_ptr, NB, NB2)
-    if READY:
-        fetched = fetch(planes, (), start, n, 0, AHEAD, N, BN, TILES, NB, EACH, FORMAT, 0, EVEN, READY)
-    elif not LOOP:  # as far as to the cache: the row would come behind what is on its way to this program
-        for plane in tl.static_range(4):
-            prefetch(planes[plane], BYTES[plane], pid, (N + BN * TILES - 1) // (BN * TILES), 32 * WARPS)
+    if not LOOP:
+        fetched = fetch(planes, (), start, n, 0, AHEAD, N, BN, TILES, NB, EACH, FORMAT, 0, EVEN)
+    if A > 0:
+        fetch_guess(pid, later, LATER, E, E2, A, PROGRAMS, WARPS)
     finish_wait()
     release_next()
     if not READY:
         x = load_row(x_ptr, NB, NB2)
-        if not LOOP:
-            issue(y_ptr)
-            fetched = fetch(planes, (), start, n, 0, AHEAD, N, BN, TILES, NB, EACH, FORMAT, 0, EVEN, READY)
-            issue(y_ptr)
         x = normed(x, norm, eps, NB * 256)
         store_operand(x, tl.zeros([NB2], tl.int32), tl.arange(0, NB2), at_ptr, NB, S, FORMAT == Q4_K)
         tl.debug_barrier()
@@ -317,14 +292,14 @@ def _segment(
     if LOOP:
         tl.static_assert(residual_ptr is None)
         operands = load_operands(operand, y_ptr, NB, EACH, FORMAT, S)
-        for i in range(pid, tl.cdiv(N, BN * TILES), programs):
+        for i in range(pid, tl.cdiv(N, BN * TILES), tl.num_programs(0)):
             n = i * (BN * TILES) + r // PARTS
             start = n.to(tl.int64) * NB + skip
-            fetched = fetch(planes, (), start, n, 0, AHEAD, N, BN, TILES, NB, EACH, FORMAT, 0, EVEN, READY)
+            fetched = fetch(planes, (), start, n, 0, AHEAD, N, BN, TILES, NB, EACH, FORMAT, 0, EVEN)
             tl.debug_barrier()
             y, _ = fold(
                 fetched, planes, (), start, n, operands, (), y_ptr,
-                N, BN, TILES, NB, PARTS, FORMAT, 0, S, EVEN, AHEAD, READY,
+                N, BN, TILES, NB, PARTS, FORMAT, 0, S, EVEN, AHEAD,
             )  # fmt: skip
             at = tile_rows(i * (BN * TILES), BN, BN)
             tl.store(y_ptr + at, y, of_a_tile(TILES) & (at < N))
@@ -336,7 +311,7 @@ def _segment(
         operands = load_operands(operand, y_ptr, NB, EACH, FORMAT, S)
         y, _ = fold(
             fetched, planes, (), start, n, operands, (), y_ptr,
-            N, BN, TILES, NB, PARTS, FORMAT, 0, S, EVEN, AHEAD, READY,
+            N, BN, TILES, NB, PARTS, FORMAT, 0, S, EVEN, AHEAD,
         )  # fmt: skip
         if residual_ptr is not None:
             y = before + y
@@ -347,26 +322,31 @@ def _segment(
 def _matvec_kernel(
     x_ptr, norm_ptr, eps, residual_ptr, y_ptr, scratch_ptr,
     words_ptr, high_ptr, scales_ptr, d_ptr, words2_ptr, high2_ptr, scales2_ptr, d2_ptr,
+    guess_ptr, later_ptr, later2_ptr, later3_ptr, later4_ptr, later5_ptr, later6_ptr, later7_ptr, later8_ptr,
     NB: tl.constexpr, NB2: tl.constexpr, N: tl.constexpr, N2: tl.constexpr,
     FORMAT: tl.constexpr, FORMAT2: tl.constexpr, S: tl.constexpr, WORDS: tl.constexpr, READY: tl.constexpr,
     BN: tl.constexpr, PARTS: tl.constexpr, TILES: tl.constexpr, LOOP: tl.constexpr, AHEAD: tl.constexpr,
-    AHEAD2: tl.constexpr, BYTES: tl.constexpr, BYTES2: tl.constexpr, WARPS: tl.constexpr,
+    AHEAD2: tl.constexpr, LATER: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, A: tl.constexpr,
+    PROGRAMS: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     planes = (words_ptr, high_ptr, scales_ptr, d_ptr)
+    later = (
+        guess_ptr, later_ptr, later2_ptr, later3_ptr, later4_ptr, later5_ptr, later6_ptr, later7_ptr, later8_ptr,
+    )  # fmt: skip
     at_ptr = x_ptr
     if not READY:
         at_ptr = scratch_ptr + pid * WORDS
     tiles_before: tl.constexpr = (N + BN * TILES - 1) // (BN * TILES)
     if N2 == 0 or pid < tiles_before:
         _segment(
-            pid, tl.num_programs(0), planes, x_ptr, norm_ptr, eps, residual_ptr, y_ptr, at_ptr,
-            NB, NB2, N, FORMAT, S, READY, BN, PARTS, TILES, LOOP, AHEAD, BYTES, WARPS,
+            pid, planes, x_ptr, norm_ptr, eps, residual_ptr, y_ptr, at_ptr,
+            NB, NB2, N, FORMAT, S, READY, BN, PARTS, TILES, LOOP, AHEAD, later, LATER, E, E2, A, PROGRAMS, WARPS,
         )  # fmt: skip
     else:
         tl.static_assert(residual_ptr is None)
         planes2 = (words2_ptr, high2_ptr, scales2_ptr, d2_ptr)
         _segment(
-            pid - tiles_before, 0, planes2, x_ptr, norm_ptr, eps, None, y_ptr + N, at_ptr,
-            NB, NB2, N2, FORMAT2, S, READY, BN, PARTS, TILES, LOOP, AHEAD2, BYTES2, WARPS,
+            pid - tiles_before, planes2, x_ptr, norm_ptr, eps, None, y_ptr + N, at_ptr,
+            NB, NB2, N2, FORMAT2, S, READY, BN, PARTS, TILES, LOOP, AHEAD2, later, LATER, E, E2, 0, PROGRAMS, WARPS,
         )  # fmt: skip

@@ -1,8 +1,10 @@
 """Quantised weights and one activation row as integer dots read them: four bytes to an i32, products by dp4a.
 
 Weights: Q4_K as the file holds it, whose blocks are nine 16-byte words. Q6_K blocks of 210 bytes cannot be read in wide
-words, so they are taken apart at load, losslessly, into planes: low bits, high bits, scales, d. The upper of two high
-bits is flipped: then code and high bits, two places up, are the signed byte 4 * (q - 32).
+words, so they are taken apart at load, losslessly, into planes: low bits as in the file, and in the order of the eight
+lanes that take 16 bytes of them each, high bits, scales, d. Of a lane's high bits the first word goes with its low
+nibbles and the second with its high ones: two bits of byte 4j+i in byte i, 2j places up. The upper of the two is
+flipped: then code and high bits, two places up, are the signed byte 4 * (q - 32).
 
 Activations: an `operand`, i32 [S * 68 * NB + NB] for NB blocks and S slices. A slice holds
     64 words a block    the codes, in order
@@ -31,15 +33,14 @@ _NIBBLES = tl.constexpr(0x0F0F0F0F)
 _HIGH_PAIRS = tl.constexpr(0x30303030)
 _CODES_UP = tl.constexpr(0x3C3C3C3C)
 _TOP_PAIRS = tl.constexpr(-0x3F3F3F40)  # 0xC0C0C0C0
-_FLIPPED = -0x55555556  # 0xAAAAAAAA
 
 
 class PackedMatrix(NamedTuple):
     """Rows of quantised weights, of one matrix or of E experts' (R = E * n rows), in the planes of their format."""
 
     words: Tensor  # Q4_K: the file's blocks, i32 [R, NB*36]; Q6_K: low bits, i32 [R, NB*32]
-    high: Tensor | None  # Q6_K: high bits, i32 [R, NB*16]
-    scales: Tensor | None  # Q6_K: scales, i32 [R, NB*4]
+    high: Tensor | None  # Q6_K: high bits, i64 [R, NB*8]
+    scales: Tensor | None  # Q6_K: scales, i16 [R, NB*8]
     d: Tensor | None  # Q6_K: d, f16 [R, NB]
     format: QuantFormat
     n: int  # output features
@@ -71,16 +72,26 @@ def pack(weight: QuantMatrix) -> PackedMatrix:
         return PackedMatrix(words, None, None, None, weight.format, n, k, experts, words)
     block = weight.data.view(rows, blocks, weight.format.block_bytes)
     storage = torch.empty(block.numel(), dtype=torch.uint8, device=block.device)
-    low, high, places, d = storage.split([rows * blocks * size for size in (128, 64, 16, 2)])
-    # Scale of the sub-block that starts at weight 128*n + 32*k + 16*v goes to (n, v, k): a lane takes four at once.
-    scales = block[..., 192:208].reshape(rows, blocks, 2, 4, 2).transpose(3, 4)
+    low, high, scales, d = storage.split([rows * blocks * size for size in (128, 64, 16, 2)])
+    _pack_high(block[..., 128:192].unflatten(2, (2, 2, 4, 4)), high.view(rows, blocks, 2, 2, 2, 2, 4))
     return PackedMatrix(
         _plane(low, block[..., :128], torch.int32),
-        _plane(high, block[..., 128:192], torch.int32).bitwise_xor_(_FLIPPED),
-        _plane(places, scales, torch.int32),
+        high.view(rows, -1).view(torch.int64),
+        _plane(scales, block[..., 192:208].unflatten(2, (2, 2, 2, 2)).permute(0, 1, 2, 4, 5, 3), torch.int16),
         _plane(d, block[..., 208:], torch.float16),
         weight.format, n, k, experts, storage,
     )  # fmt: skip
+
+
+def _pack_high(bits: Tensor, high: Tensor) -> None:
+    """High bits u8 [R, NB, half, 16 bytes, j, i] of the file, as lanes take them: [R, NB, half, row, 16, nibble, i].
+
+    The file has the rows of 32 weights of a half, and then those 64 further on, side by side in a byte."""
+    for row in range(2):
+        for nibble in range(2):
+            pairs = bits.bitwise_right_shift(2 * row + 4 * nibble).bitwise_and_(3).bitwise_xor_(2)
+            first, second, third, fourth = pairs.unbind(4)
+            high[:, :, :, row, :, nibble] = first | second << 2 | third << 4 | fourth << 6
 
 
 def _plane(place: Tensor, part: Tensor, dtype: torch.dtype) -> Tensor:
@@ -183,18 +194,21 @@ def _store_slice(q, start, block, at_ptr, NB: tl.constexpr, SUMS: tl.constexpr):
 
 @triton.jit
 def load_block(planes, start, live, b: tl.constexpr, FORMAT: tl.constexpr, EVEN: tl.constexpr):
-    """Blocks `start` [N] + b of the weights, i64, without `load_head` and `load_end`, as a tuple; nothing is awaited.
+    """Blocks `start` [N] + b of the weights, i64, without `load_end`, as a tuple; nothing is awaited.
 
     A block is 32 words in the order of memory, so that its eight lanes of four lie in one warp."""
     i = tl.arange(0, 32)[None, :]
+    u = tl.arange(0, 8)[None, :]
     live = live[:, None]
     if FORMAT == Q4_K:
         return (_load((planes[0] + start * 36 + b * 36)[:, None] + 4 + i, live, EVEN),)
-    else:  # i = 16 * half + 8 * (row of 32, mod 2) + word of that row
-        low = _load((planes[0] + start * 32 + b * 32)[:, None] + i, live, EVEN)
-        high = _load((planes[1] + start * 16 + b * 16)[:, None] + i // 16 * 8 + i % 8, live, EVEN)
-        scales = _load((planes[2] + start * 4 + b * 4)[:, None] + i % 4, live, EVEN)
-        return low, high, scales, _load((planes[3] + start + b)[:, None], live, EVEN)
+    else:
+        at = (start + b)[:, None]
+        return (
+            _load(planes[0] + at * 32 + i, live, EVEN),
+            _load(planes[1] + at * 8 + u, live, EVEN),
+            _load(planes[2] + at * 8 + u, live, EVEN),
+        )
 
 
 @triton.jit
@@ -215,18 +229,8 @@ def _words(x):
 
 
 @triton.jit
-def load_head(planes, start, live, b: tl.constexpr, FORMAT: tl.constexpr, EVEN: tl.constexpr):
-    """What every lane needs besides `load_block`: the first four words of Q4_K blocks, as a tuple."""
-    if FORMAT == Q4_K:
-        words_ptr = (planes[0] + start * 36 + b * 36)[:, None]
-        return (_load(words_ptr + tl.arange(0, 32)[None, :] % 4, live[:, None], EVEN),)
-    else:
-        return ()
-
-
-@triton.jit
 def load_end(planes, start, n, b: tl.constexpr, N, STEP, TILES, NB, FORMAT: tl.constexpr, EVEN: tl.constexpr):
-    """What only one lane needs, to end a block's product: the first four words of Q4_K blocks again, as a tuple.
+    """What a block has once: the first four words of Q4_K, d of Q6_K.
 
     Lane t has it of tile t, whose rows `n` [M], and those of its blocks `start` [M], lie STEP rows of NB blocks behind
     those of the tile before; lanes without a tile have that of the last."""
@@ -234,9 +238,10 @@ def load_end(planes, start, n, b: tl.constexpr, N, STEP, TILES, NB, FORMAT: tl.c
         i = tl.arange(0, 32)[None, :]
         row = tl.minimum(i // 4, TILES - 1) * STEP
         words_ptr = planes[0] + (start[:, None] + row * NB + b) * 36 + i % 4
-        return (_load(words_ptr, n[:, None] + row < N, EVEN),)
+        return _load(words_ptr, n[:, None] + row < N, EVEN)
     else:
-        return ()
+        row = tl.minimum(tl.arange(0, 8)[None, :], TILES - 1) * STEP
+        return _load(planes[3] + (start[:, None] + row * NB + b), n[:, None] + row < N, EVEN)
 
 
 @triton.jit
@@ -269,34 +274,38 @@ def _load_slice(x_ptr, sums_ptr, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def block_sums(w, x, FORMAT: tl.constexpr, S: tl.constexpr):
-    """The exact sums over blocks, i32 [N] for each slice, from `load_block` with `load_head`, and `load_operand`: of
-    sc*q*x for Q4_K, 4 times that of sc*(q-32)*x for Q6_K."""
+def scales_of(end, FORMAT: tl.constexpr):
+    """The eight scales of each lane's own tile, a byte each, as two words [M, 8], from Q4_K's `load_end`."""
+    if FORMAT == Q4_K:
+        _, first, _, third = _words(end)
+        return first & 0x3F3F3F3F, (third & _NIBBLES) | ((first >> 2) & _HIGH_PAIRS)
+    else:
+        return ()
+
+
+@triton.jit
+def block_sums(w, scales, t: tl.constexpr, x, FORMAT: tl.constexpr, S: tl.constexpr):
+    """The exact sums over the blocks of tile t, i32 [N] for each slice, from `load_block`, the `scales_of` all tiles,
+    and `load_operand`: of sc*q*x for Q4_K, 4 times that of sc*(q-32)*x for Q6_K."""
     sums = ()  # type: tuple[tl.tensor, ...]
     u = tl.arange(0, 8)[None, :]
     if FORMAT == Q4_K:
-        _, first, _, third = _words(w[1])
-        low = u < 4  # lanes whose sub-blocks are of the first four: their scales are in `first` alone
-        scales = tl.where(low, first, third) & tl.where(low, 0x3F3F3F3F, _NIBBLES)
-        scales = (scales | ((first >> 2) & tl.where(low, 0, _HIGH_PAIRS))) >> (u // 2 % 2 * 16)
-        sums = sums + (_sum_q4_k(w[0], scales, x[0], x[1]),)  # noqa: RUF005 - Triton has no *
+        holder = tl.zeros([w[0].shape[0], 8], tl.int32) + t
+        own = tl.where(u < 4, tl.gather(scales[0], holder, 1), tl.gather(scales[1], holder, 1)) >> (u // 2 % 2 * 16)
+        sums = sums + (_sum_q4_k(w[0], own, x[0], x[1]),)  # noqa: RUF005 - Triton has no *
         if S == 2:
-            sums = sums + (_sum_q4_k(w[0], scales, x[4], x[5]),)  # noqa: RUF005
+            sums = sums + (_sum_q4_k(w[0], own, x[4], x[5]),)  # noqa: RUF005
     else:
-        # Four scales a word: that of the lane's row of 32 is byte u//2%2, that of two rows on the next but one.
-        first, second, third, fourth = _words(w[2])
-        odd = u % 2 == 1
-        scales = tl.where(u < 4, tl.where(odd, second, first), tl.where(odd, fourth, third))
-        sums = sums + (_sum_q6_k(w, scales, x[0], x[1]),)  # noqa: RUF005 - Triton has no *
+        sums = sums + (_sum_q6_k(w, x[0], x[1]),)  # noqa: RUF005 - Triton has no *
         if S == 2:
-            sums = sums + (_sum_q6_k(w, scales, x[2], x[3]),)  # noqa: RUF005
+            sums = sums + (_sum_q6_k(w, x[2], x[3]),)  # noqa: RUF005
     return sums
 
 
 @triton.jit
 def block_product(sums, end, x, FORMAT: tl.constexpr, S: tl.constexpr):
-    """P of blocks, [N, 8]: xd * (d*S - dmin*T) for Q4_K, xd * (d*S) for Q6_K; each lane has the `block_sums` of its own
-    tile, and as `end` its `load_end`, or for Q6_K its d."""
+    """P of blocks, [N, 8]: xd * (d*S - dmin*T) for Q4_K, xd * (d*S) for Q6_K; each lane has the `block_sums` and the
+    `load_end` of its own tile."""
     if FORMAT == Q4_K:
         first, _, third, fourth = _words(end)
         mins = (third & 0x3F3F3F3F, ((fourth >> 4) & _NIBBLES) | ((third >> 2) & _HIGH_PAIRS))
@@ -345,17 +354,19 @@ def _sum_of_mins(mins, first, last):
 
 
 @triton.jit
-def _sum_q6_k(w, scales, x_first, x_second):
-    """Four times the exact sum of sc*(q-32)*x over one block and slice, [N]; `scales` [N, 8] hold each lane's."""
-    u = tl.arange(0, 8)[None, :]
-    up = u // 2 % 2 * 2  # the lane's row of 32 lies this many bits further up in the high bits
-    every = tl.reshape(tl.broadcast_to(up[:, :, None], [1, 8, 4]), [1, 32])
-    s = _scaled(w[0] << 2, w[1] << (6 - every), x_first, scales << (24 - up * 4))
-    s += _scaled(w[0] >> 2, w[1] << (2 - every), x_second, scales << (8 - up * 4))
-    return tl.sum(s, axis=1)
+def _sum_q6_k(w, x_first, x_second):
+    """Four times the exact sum of sc*(q-32)*x over one block and slice, [N]."""
+    scales = w[2].to(tl.int32)
+    first = ((scales << 24) >> 24) * _dot_q6_k(w[0] << 2, w[1].to(tl.int32), x_first)
+    return tl.sum(first + (scales >> 8) * _dot_q6_k(w[0] >> 2, (w[1] >> 32).to(tl.int32), x_second), axis=1)
 
 
 @triton.jit
-def _scaled(low, high, x, scales):
-    """4 * sc * sum((q-32)*x) of each lane's sub-block, [N, 8]; sc is the top byte of `scales`."""
-    return (scales >> 24) * _dot((low & _CODES_UP) | (high & _TOP_PAIRS), x, True)
+def _dot_q6_k(codes, high, x):
+    """4 * sum((q-32)*x) of each lane's sub-block, [N, 8], from codes two places up, and their high bits."""
+    c0, c1, c2, c3 = _words(codes & _CODES_UP)
+    x0, x1, x2, x3 = _words(x)
+    s = dp4a(c0 | ((high << 6) & _TOP_PAIRS), x0, 0)
+    s = dp4a(c1 | ((high << 4) & _TOP_PAIRS), x1, s)
+    s = dp4a(c2 | ((high << 2) & _TOP_PAIRS), x2, s)
+    return dp4a(c3 | (high & _TOP_PAIRS), x3, s)

@@ -481,6 +481,7 @@ def _decode_ops(
     from exactmoe.kernels.decode_attention import decode_attention
     from exactmoe.kernels.decode_experts import Activated, experts_down, experts_up
     from exactmoe.kernels.decode_router import Routed, decode_router
+    from exactmoe.kernels.guess import Guess
     from exactmoe.kernels.kv_cache import KVLayer
     from exactmoe.kernels.matvec import Norm, matvec
     from exactmoe.kernels.packed import PackedMatrix, operand_words, pack
@@ -511,13 +512,15 @@ def _decode_ops(
         yield partial(decode_attention, *read, 128)
         for x in (f32(H * C), torch.empty(operand_words(H * C, slices(profile)), dtype=torch.int32)):
             yield partial(matvec, [dense], x, profile, None, f32(D))
+        yield partial(matvec, [dense], x, profile, None, f32(D), Guess(f32(E), gate, gate, A))
         yield partial(matvec, [packed("Q6_K", D, 37 * V)], f32(D), profile, norm)
         yield partial(decode_router, f32(D), norm, router, profile)
-        activated = Activated(f32(A, F), f32(A), torch.empty(A, dtype=torch.int32))
+        yield partial(decode_router, f32(D), norm, router, profile, (norm, router))
+        activated = Activated(f32(A, F), f32(E))
         routed = Routed(f32(E), torch.empty(operand_words(D, slices(profile)), dtype=torch.int32))
         for type_name in EXECUTABLE:
             down = packed(type_name, F, E, D)
-            yield partial(experts_up, routed, gate, gate, A, down)
+            yield partial(experts_up, routed, gate, gate, A)
             yield partial(experts_down, activated, down, f32(D), profile)
 
 

@@ -205,8 +205,8 @@ def expert_of_rank(key, k):
         seen += count
         left = tl.where(same, -1, left)
     same = key == value[:, None]
-    place = before[:, None] + tl.cumsum(same.to(tl.int32), axis=1)  # of equal ones the smaller comes first
-    return tl.max(tl.where(same & (place == k + 1), tl.arange(0, E2)[None, :], 0), axis=1)
+    place = (before - k)[:, None] + tl.cumsum(same.to(tl.int32), axis=1)  # of equal ones the smaller comes first
+    return tl.max(tl.where(same & (place == 1), tl.arange(0, E2)[None, :], 0), axis=1)
 
 
 @triton.jit

@@ -130,7 +130,7 @@ def matvec(rows: int, blocks: int) -> MatvecTile:
 
 def decode_router(experts: int) -> tuple[int, int]:
     """(experts whose logits one program computes, warps), for one token."""
-    return (experts, 4) if interpreting() else (1, 8)
+    return (experts, 4) if interpreting() else (2, 8)
 
 
 def experts_up(rows: int) -> MatvecTile:
@@ -157,9 +157,7 @@ def decode_attention(keys: int, groups: int, per: int, width: int, most: int) ->
     heads = 4 if one or per <= 4 else 8
     if interpreting():
         return DecodeAttentionTile(tile, min(parts, 3), heads, 4)
-    spread = max(
-        1, 132 // (groups * triton.cdiv(per, heads))
-    )  # where one launch does it, all but the first fetch ahead
+    spread = max(1, 132 // (groups * triton.cdiv(per, heads)))  # in one launch all but the first fetch ahead
     return DecodeAttentionTile(tile, spread if one else min(parts, spread), heads, 8)
 
 

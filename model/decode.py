@@ -15,10 +15,10 @@ from exactmoe.kernels.decode_experts import experts_down, experts_up
 from exactmoe.kernels.decode_router import decode_router
 from exactmoe.kernels.embedding import embed
 from exactmoe.kernels.errors import require
+from exactmoe.kernels.guess import Guess
 from exactmoe.kernels.matvec import Norm, matvec
 from exactmoe.kernels.packed import PackedMatrix
 from exactmoe.kernels.router import RouterWeight
-from exactmoe.model.packed import PackedLayer
 
 if TYPE_CHECKING:
     from exactmoe.model.cache import KVCache
@@ -60,24 +60,30 @@ class Decoder:
         """A step at a position below `most`."""
         model, weights = self._model, self._model.packed
         x = embed(model.embedding, self.token)[0]  # [D]
-        for i, layer in enumerate(weights.layers):
-            x = self._layer(layer, i, x, most)
+        guess: Tensor | None = None
+        for i in range(len(weights.layers)):
+            x, guess = self._layer(i, x, guess, most)
         self.logits = matvec([weights.output], x, model.profile, weights.output_norm)
         choose(self.logits, self.token, self._position)
 
-    def _layer(self, layer: PackedLayer, i: int, x: Tensor, most: int) -> Tensor:
-        """Layer `i`; while attention leaves the memory idle, what comes later is fetched."""
-        model, cache = self._model, self._cache
+    def _layer(self, i: int, x: Tensor, guess: Tensor | None, most: int) -> tuple[Tensor, Tensor | None]:
+        """Layer `i`, and a guess of the next one's router logits, as `guess` is of this one's.
+
+        While attention leaves the memory idle, what comes later is fetched."""
+        model, cache, layers = self._model, self._cache, self._model.packed.layers
+        layer, top_k = layers[i], model.config.n_active
         qkv = matvec(layer.qkv, x, model.profile, layer.attn_norm)
         later = (layer.attn_output.storage, layer.router.q)
         heads, operand = decode_attention(
             qkv, layer.q_norm, layer.k_norm, cache.rope, cache.layer(i), self._position, model.profile, later, most
         )
-        x = matvec([layer.attn_output], heads if operand is None else operand, model.profile, residual=x)
-        return moe_step(
-            x, layer.ffn_norm, layer.router, layer.gate, layer.up, layer.down,
-            model.config.n_active, model.profile,
-        )  # fmt: skip
+        ahead = None if guess is None or operand is None else Guess(guess, layer.gate, layer.up, top_k)
+        row = heads if operand is None else operand
+        x = matvec([layer.attn_output], row, model.profile, residual=x, guess=ahead)
+        after = (layers[i + 1].ffn_norm, layers[i + 1].router) if i + 1 < len(layers) else None
+        routed = decode_router(x, layer.ffn_norm, layer.router, model.profile, after)
+        activated = experts_up(routed, layer.gate, layer.up, top_k)
+        return experts_down(activated, layer.down, x, model.profile), routed.guess
 
     def _capture(self, most: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """The step at a position below `most` as a graph, and the logits that it makes.
@@ -101,4 +107,4 @@ def moe_step(
 ) -> Tensor:  # fmt: skip
     """x [D] plus the MoE layer of its norm; bit-equal to parity.reference.decode.moe_step."""
     routed = decode_router(x, norm, router, profile)
-    return experts_down(experts_up(routed, gate, up, top_k, down), down, x, profile)
+    return experts_down(experts_up(routed, gate, up, top_k), down, x, profile)

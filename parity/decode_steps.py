@@ -29,15 +29,10 @@ READS: dict[str, tuple[str, ...]] = {
     "attention": ("q", "k", "v"),
     "post_attn_residual": (RESIDUAL, "attention"),
     "moe_router_logits": ("post_attn_residual",),
-    "moe_router": ("post_attn_residual", "moe_router_logits"),
-    "moe_router_indices": ("post_attn_residual", "moe_router_logits"),
     "moe_expert_swigl": ("post_attn_residual", "moe_router_logits"),
-    "post_ffn_residual": ("post_attn_residual", "moe_router", "moe_router_indices", "moe_expert_swigl"),
+    "post_ffn_residual": ("post_attn_residual", "moe_router_logits", "moe_expert_swigl"),
 }
 """The stages that the kernels of a layer give, in order, and what each reads."""
-
-_ACTIVATED = {"moe_router": "weight", "moe_router_indices": "expert", "moe_expert_swigl": "h"}
-"""The stages that `experts_up` gives, and the names it has for them."""
 
 
 def _order(n_layers: int) -> list[Key]:
@@ -106,16 +101,14 @@ class _Fused:
             read = self.join(given), w.q_norm, w.k_norm, cache.rope, cache.layer(layer), at, profile
             return o.decode_attention(*read).heads
         if stage == "post_ffn_residual":
-            x, weight, expert, h = given
-            activated = self.activated(h=h, weight=weight, expert=expert)
-            return o.experts_down(activated, w.down, x, profile)
+            x, logits, h = given
+            return o.experts_down(self.activated(h, logits), w.down, x, profile)
         if stage == "post_attn_residual":
             return o.matvec(w.attn_output, given[1], profile, residual=given[0])
         routed = o.decode_router(given[0], w.ffn_norm, w.router, profile)
         if stage == "moe_router_logits":
             return routed.logits
-        activated = o.experts_up(routed._replace(logits=given[1]), w.gate, w.up, self.n_active)
-        return activated._asdict()[_ACTIVATED[stage]]
+        return o.experts_up(routed._replace(logits=given[1]), w.gate, w.up, self.n_active).h
 
     def split(self, qkv: Any) -> dict[str, Any]:
         """The projections of q, k and v."""
@@ -134,8 +127,8 @@ class _Fused:
     def fused_layer(self, layer: int) -> _Layer:
         raise NotImplementedError
 
-    def activated(self, **parts: Any) -> Any:
-        """What `experts_down` takes, of its parts by name."""
+    def activated(self, h: Any, logits: Any) -> Any:
+        """What `experts_down` takes."""
         raise NotImplementedError
 
 
@@ -179,10 +172,10 @@ class DecodeReference(_Fused, ReferenceSteps):
         attn, q, k, ffn = norms
         return _Layer(attn, [w.q, w.k, w.v], q, k, [w.attn_output], ffn, self.router(layer), w.gate, w.up, w.down)
 
-    def activated(self, **parts: Any) -> Any:
+    def activated(self, h: Any, logits: Any) -> Any:
         from exactmoe.parity.reference.decode_experts import Activated
 
-        return Activated(**parts)
+        return Activated(h, logits)
 
 
 class DecodeSteps(_Fused, TritonSteps):
@@ -235,9 +228,8 @@ class DecodeSteps(_Fused, TritonSteps):
             qkv, attention, middle, routed, activated, x = heard[1 + 6 * layer :][:6]
             parts = {
                 **self.split(qkv), "attention": attention.heads, "post_attn_residual": middle,
-                "moe_router_logits": routed.logits, "post_ffn_residual": x,
+                "moe_router_logits": routed.logits, "moe_expert_swigl": activated.h, "post_ffn_residual": x,
             }  # fmt: skip
-            parts |= {name: getattr(activated, field) for name, field in _ACTIVATED.items()}
             stages |= {(name, layer): self.array(part)[None] for name, part in parts.items()}
         return stages | {("lm_head", WHOLE_MODEL): self.array(heard[-1])[None]}
 
@@ -257,10 +249,10 @@ class DecodeSteps(_Fused, TritonSteps):
         w = self.model.packed.layers[layer]
         return _Layer(*w)._replace(attn_output=[w.attn_output])
 
-    def activated(self, **parts: Any) -> Any:
+    def activated(self, h: Any, logits: Any) -> Any:
         from exactmoe.kernels.decode_experts import Activated
 
-        return Activated(**parts)
+        return Activated(h, logits)
 
 
 @contextmanager

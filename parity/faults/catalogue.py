@@ -541,20 +541,20 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "experts-down-unweighted", "experts_down", "decode_experts",
-        "combine(out, activated.weight[None])",
-        "combine(out, np.ones_like(activated.weight[None]))",
+        "combine(out, chosen.weight)",
+        "combine(out, chosen.weight * 0 + 1)",
         "the sum over split parts, where the parts are experts",
     ),
     Fault(
         "experts-down-worst-first", "experts_down", "decode_experts",
-        "combine(out, activated.weight[None])",
-        "combine(out[::-1].copy(), activated.weight[None, ::-1].copy())",
+        "combine(out, chosen.weight)",
+        "combine(out[::-1].copy(), chosen.weight[:, ::-1].copy())",
         "a fold in whichever order the experts are done",
     ),
     Fault(
         "experts-down-one-expert-short", "experts_down", "decode_experts",
-        "rows = dispatch(activated.expert[None], down.data.shape[0])",
-        "rows = dispatch(activated.expert[None], down.data.shape[0]); activated.weight[1:][-1:] = 0",
+        "rows = dispatch(chosen.expert, down.data.shape[0])",
+        "rows = dispatch(chosen.expert, down.data.shape[0]); chosen.weight[0, 1:][-1:] = 0",
         "the last rank lies beyond a tile of ranks",
     ),
     Fault(

@@ -2,9 +2,6 @@
 
 from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
 from exactmoe.parity.reference.combine import combine
 from exactmoe.parity.reference.decode_router import Routed
 from exactmoe.parity.reference.dispatch import dispatch
@@ -22,22 +19,22 @@ class Activated(NamedTuple):
     """What `experts_down` takes."""
 
     h: F32  # [A, F], the chosen experts' rows, best first
-    weight: F32  # [A]
-    expert: NDArray[np.int32]  # [A]
+    logits: F32  # [E], which chose them
 
 
 def experts_up(routed: Routed, gate: QuantMatrix, up: QuantMatrix, top_k: int) -> Activated:
-    """silu(gate) * up of the `top_k` experts that the logits choose, best first, and the choice."""
+    """silu(gate) * up of the `top_k` experts that the logits choose, best first."""
     chosen = route(routed.logits[None], top_k)
     rows = dispatch(chosen.expert, routed.logits.size)
     a = activations(routed.operand, gate.k)
     g = grouped_matmul(gate, a, rows, top_k)
     u = grouped_matmul(up, a, rows, top_k)
-    return Activated(swiglu(g, u), chosen.weight[0], chosen.expert[0])
+    return Activated(swiglu(g, u), routed.logits)
 
 
 def experts_down(activated: Activated, down: QuantMatrix, x: F32, profile: str) -> F32:
     """x [D] plus the experts' outputs, each weighted, best first."""
-    rows = dispatch(activated.expert[None], down.data.shape[0])
+    chosen = route(activated.logits[None], activated.h.shape[0])
+    rows = dispatch(chosen.expert, down.data.shape[0])
     out = grouped_matmul(down, quantize(activated.h, profile), rows, 1)
-    return add(x, combine(out, activated.weight[None])[0])
+    return add(x, combine(out, chosen.weight)[0])

@@ -15,10 +15,15 @@ class Routed(NamedTuple):
 
     logits: F32  # [E]
     operand: I32  # the normed row, as reference.packed describes it
+    guess: F32 | None = None  # [E], logits of the next layer's router for the same row
 
 
-def decode_router(x: F32, norm: Norm, weight: RouterWeight, profile: str) -> Routed:
-    """Router logits [E] of the normed row x [D], and the row quantised."""
+def decode_router(
+    x: F32, norm: Norm, weight: RouterWeight, profile: str, after: tuple[Norm, RouterWeight] | None = None
+) -> Routed:
+    """Router logits [E] of the normed row x [D], and the row quantised; from `after`, norm and router, a guess."""
     normed = rms_norm(x[None], norm.weight, norm.eps)
-    logits = router_logits(normed, weight)[0]
-    return Routed(logits, operand(quantize(normed, profile)))
+    routed = Routed(router_logits(normed, weight)[0], operand(quantize(normed, profile)))
+    if after is None:
+        return routed
+    return routed._replace(guess=router_logits(rms_norm(x[None], after[0].weight, after[0].eps), after[1])[0])

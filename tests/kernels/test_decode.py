@@ -8,9 +8,9 @@ import torch
 from exactmoe.bench.layers import MoeStep
 from exactmoe.kernels.argmax import argmax, choose
 from exactmoe.kernels.decode_attention import decode_attention, keys_of_one_launch
-from exactmoe.kernels.decode_experts import experts_up
 from exactmoe.kernels.decode_router import decode_router
 from exactmoe.kernels.errors import InvalidInput
+from exactmoe.kernels.guess import Guess
 from exactmoe.kernels.kv_cache import KVLayer
 from exactmoe.kernels.matmul import matmul
 from exactmoe.kernels.matvec import Norm, matvec
@@ -18,6 +18,7 @@ from exactmoe.kernels.packed import pack
 from exactmoe.kernels.prefetch import spans
 from exactmoe.kernels.quantize import quantize
 from exactmoe.kernels.rope import RopeTable
+from exactmoe.kernels.router import RouterWeight
 from exactmoe.parity.cases import Case, DecodeAttention, Matvec, tensors
 from exactmoe.parity.neutrality import Launch, recorded
 
@@ -53,15 +54,42 @@ def test_attention_in_one_launch_equals_attention_in_two(position: int, device: 
         assert two.cpu().numpy().tobytes() == one.cpu().numpy().tobytes()
 
 
-def test_what_is_fetched_ahead_changes_no_bit(device: torch.device) -> None:
+@pytest.mark.parametrize("experts", [3, 12])
+def test_what_is_guessed_and_fetched_ahead_changes_no_bit(experts: int, device: torch.device) -> None:
     """In the interpreter nothing is fetched; on a GPU the addresses must be ones that can be read."""
-    step = MoeStep(1, 12, 3, 256, 512, "Q4_K", "Q6_K", "q8_k")
+    step = MoeStep(1, experts, 3, 256, 512, "Q4_K", "Q6_K", "q8_k")
     x, norm, router, gate, up, down, top_k, profile = step.on(device)
-    routed = decode_router(x, norm, router, profile)
-    plain = experts_up(routed, gate, up, top_k)
-    for later in (down, gate):
-        for one, other in zip(plain, experts_up(routed, gate, up, top_k, later), strict=True):
-            assert one.equal(other)
+    guess = decode_router(x, norm, router, profile).logits
+    weights, row, _, _, residual = Matvec(9, 512, "Q4_K", profile, around="operand").on(device)
+    plain = matvec(weights, row, profile, None, residual)
+    for logits in (guess, torch.full_like(guess, torch.nan), torch.full_like(guess, torch.inf)):
+        for one, other in ((gate, up), (down, down)):
+            assert matvec(weights, row, profile, None, residual, Guess(logits, one, other, top_k)).equal(plain)
+
+
+def test_a_guess_is_the_next_router_s_word_on_this_row(device: torch.device) -> None:
+    x, norm, router, *_, profile = MoeStep(1, 12, 3, 256, 512, "Q4_K", "Q6_K", "q8_k").on(device)
+    norm2 = Norm(norm.weight.flip(0).contiguous(), norm.eps)
+    router2 = RouterWeight(router.q.flip(0).contiguous(), router.scale.flip(0).contiguous())
+    plain, made = decode_router(x, norm, router, profile), decode_router(x, norm, router, profile, (norm2, router2))
+    assert plain.guess is None
+    assert made.guess is not None
+    assert made.guess.equal(decode_router(x, norm2, router2, profile).logits)
+    assert not made.guess.equal(plain.logits)
+    assert made.logits.equal(plain.logits)
+    assert made.operand.equal(plain.operand)
+
+
+def test_a_guess_is_refused_that_fits_no_experts(device: torch.device) -> None:
+    x, norm, router, gate, _, _, _, profile = MoeStep(1, 12, 3, 256, 512, "Q4_K", "Q6_K", "q8_k").on(device)
+    weights, row, _, _, residual = Matvec(9, 512, "Q4_K", profile, around="operand").on(device)
+    for wrong, match in ((torch.zeros(11, device=device), "guess"), (torch.zeros(12, device=device), "top_k must be")):
+        with pytest.raises(InvalidInput, match=match):
+            matvec(weights, row, profile, None, residual, Guess(wrong, gate, gate, 13))
+    with pytest.raises(InvalidInput, match="eps"):
+        decode_router(x, norm, router, profile, (Norm(norm.weight, 1.0), router))
+    with pytest.raises(InvalidInput, match="next router"):
+        decode_router(x, norm, router, profile, (norm, RouterWeight(router.q[:5], router.scale[:5])))
 
 
 def test_an_operand_is_not_normed_again_and_is_of_the_profile_asked_for(device: torch.device) -> None:
@@ -88,8 +116,11 @@ def test_packing_loses_no_bit_of_a_block(device: torch.device) -> None:
     (weight,), *_ = tensors(Matvec(5, 768, "Q6_K", "q8_k").arguments(), device)
     packed = pack(weight)
     low = packed.words.view(torch.uint8).view(5, 3, 128)
-    high = packed.high.view(torch.uint8).view(5, 3, 64) ^ 0xAA
-    scales = packed.scales.view(torch.uint8).view(5, 3, 2, 2, 4).transpose(3, 4).reshape(5, 3, 16)
+    lanes = packed.high.view(torch.uint8).view(5, 3, 2, 2, 2, 2, 4) ^ 0xAA
+    pairs = torch.stack([lanes >> 2 * j & 3 for j in range(4)], dim=6)  # [.., half, row, 16 bytes, nibble, word, byte]
+    high = sum(pairs[:, :, :, row, :, nibble] << 2 * row + 4 * nibble for row in range(2) for nibble in range(2))
+    high = high.to(torch.uint8).reshape(5, 3, 64)
+    scales = packed.scales.view(torch.uint8).view(5, 3, 2, 2, 2, 2).permute(0, 1, 2, 5, 3, 4).reshape(5, 3, 16)
     d = packed.d.view(torch.uint8).view(5, 3, 2)
     assert torch.cat([low, high, scales, d], dim=2).view(5, -1).equal(weight.data)
 
