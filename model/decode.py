@@ -4,7 +4,7 @@ A layer is six launches while attention has one tile of keys, and seven beyond; 
 so there are three graphs at most. Token and position live on the device: a step chooses the next token and moves on by
 itself."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,13 @@ from exactmoe.kernels.router import RouterWeight
 if TYPE_CHECKING:
     from exactmoe.model.cache import KVCache
     from exactmoe.model.weights import Model
+
+
+class Stepped(NamedTuple):
+    """A layer's outcome."""
+
+    x: Tensor  # [D] f32
+    guess: Tensor | None  # [E] f32, a guess of the next layer's router logits
 
 
 class Decoder:
@@ -66,7 +73,7 @@ class Decoder:
         self.logits = matvec([weights.output], x, model.profile, weights.output_norm)
         choose(self.logits, self.token, self._position)
 
-    def _layer(self, i: int, x: Tensor, guess: Tensor | None, most: int) -> tuple[Tensor, Tensor | None]:
+    def _layer(self, i: int, x: Tensor, guess: Tensor | None, most: int) -> Stepped:
         """Layer `i`, and a guess of the next one's router logits, as `guess` is of this one's.
 
         While attention leaves the memory idle, what comes later is fetched."""
@@ -81,9 +88,7 @@ class Decoder:
         row = heads if operand is None else operand
         x = matvec([layer.attn_output], row, model.profile, residual=x, guess=ahead)
         after = (layers[i + 1].ffn_norm, layers[i + 1].router) if i + 1 < len(layers) else None
-        routed = decode_router(x, layer.ffn_norm, layer.router, model.profile, after)
-        activated = experts_up(routed, layer.gate, layer.up, top_k)
-        return experts_down(activated, layer.down, x, model.profile), routed.guess
+        return moe_step(x, layer.ffn_norm, layer.router, layer.gate, layer.up, layer.down, top_k, model.profile, after)
 
     def _capture(self, most: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """The step at a position below `most` as a graph, and the logits that it makes.
@@ -103,8 +108,10 @@ class Decoder:
 
 def moe_step(
     x: Tensor, norm: Norm, router: RouterWeight, gate: PackedMatrix, up: PackedMatrix, down: PackedMatrix,
-    top_k: int, profile: str,
-) -> Tensor:  # fmt: skip
-    """x [D] plus the MoE layer of its norm; bit-equal to parity.reference.decode.moe_step."""
-    routed = decode_router(x, norm, router, profile)
-    return experts_down(experts_up(routed, gate, up, top_k), down, x, profile)
+    top_k: int, profile: str, after: tuple[Norm, RouterWeight] | None = None,
+) -> Stepped:  # fmt: skip
+    """x [D] plus the MoE layer of its norm; and a guess for the layer `after` it, if that is given.
+
+    Bit-equal to parity.reference.decode.moe_step."""
+    routed = decode_router(x, norm, router, profile, after)
+    return Stepped(experts_down(experts_up(routed, gate, up, top_k), down, x, profile), routed.guess)

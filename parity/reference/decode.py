@@ -1,5 +1,7 @@
 """The MoE layer of one token, from its residual stream to the next.      x [D] f32 -> y [D] f32"""
 
+from typing import NamedTuple
+
 from exactmoe.parity.reference.decode_experts import experts_down, experts_up
 from exactmoe.parity.reference.decode_router import decode_router
 from exactmoe.parity.reference.matvec import Norm
@@ -8,10 +10,17 @@ from exactmoe.parity.reference.router import RouterWeight
 from exactmoe.parity.reference.weights import QuantMatrix
 
 
+class Stepped(NamedTuple):
+    """A layer's outcome."""
+
+    x: F32  # [D]
+    guess: F32 | None  # [E], a guess of the next layer's router logits
+
+
 def moe_step(
     x: F32, norm: Norm, router: RouterWeight, gate: QuantMatrix, up: QuantMatrix, down: QuantMatrix,
     top_k: int, profile: str,
-) -> F32:  # fmt: skip
+) -> Stepped:  # fmt: skip
     """x [D] plus the MoE layer of its norm."""
     routed = decode_router(x, norm, router, profile)
-    return experts_down(experts_up(routed, gate, up, top_k), down, x, profile)
+    return Stepped(experts_down(experts_up(routed, gate, up, top_k), down, x, profile), routed.guess)
