@@ -23,6 +23,13 @@ from exactmoe.kernels.router import RouterWeight, router_bits
 from exactmoe.kernels.tensors import require_f32, slices
 
 
+class NextLayer(NamedTuple):
+    """What a guess is made with."""
+
+    norm: Norm
+    router: RouterWeight
+
+
 class Routed(NamedTuple):
     """What the experts' kernels take."""
 
@@ -31,10 +38,8 @@ class Routed(NamedTuple):
     guess: Tensor | None = None  # [E] f32, logits of the next layer's router for the same row
 
 
-def decode_router(
-    x: Tensor, norm: Norm, weight: RouterWeight, profile: str, after: tuple[Norm, RouterWeight] | None = None
-) -> Routed:
-    """Router logits [E] of the normed row x [D], and the row's operand; of norm and router `after` them the logits too.
+def decode_router(x: Tensor, norm: Norm, weight: RouterWeight, profile: str, after: NextLayer | None = None) -> Routed:
+    """Router logits [E] of the normed row x [D], and the row's operand; with the layer `after` this one, a guess too.
 
     Logits are bit-equal to parity.reference.decode_router.decode_router."""
     E, D = weight.q.shape
@@ -49,9 +54,9 @@ def decode_router(
     )
     norm2, weight2 = after or (None, (None, None))
     if after:
-        require_f32(after[0].weight, "norm weight of the next layer", D)
-        require(after[0].eps == norm.eps, f"two norms with eps {norm.eps} and {after[0].eps}")
-        require(after[1].q.shape == (E, D), f"the next router is {list(after[1].q.shape)}, not {[E, D]}")
+        require_f32(after.norm.weight, "norm weight of the next layer", D)
+        require(after.norm.eps == norm.eps, f"two norms with eps {norm.eps} and {after.norm.eps}")
+        require(after.router.q.shape == (E, D), f"the next router is {list(after.router.q.shape)}, not {[E, D]}")
     BE, warps = tiles.decode_router(E)
     _decode_router_kernel[(triton.cdiv(E, BE) * (2 if after else 1) + 1,)](
         x, norm.weight, norm.eps, *weight, *out[:2], norm2.weight if norm2 else None, *weight2, out.guess,

@@ -480,7 +480,7 @@ def _decode_ops(
     from exactmoe.kernels.argmax import choose
     from exactmoe.kernels.decode_attention import decode_attention
     from exactmoe.kernels.decode_experts import Activated, experts_down, experts_up
-    from exactmoe.kernels.decode_router import Routed, decode_router
+    from exactmoe.kernels.decode_router import NextLayer, Routed, decode_router
     from exactmoe.kernels.guess import Guess
     from exactmoe.kernels.kv_cache import KVLayer
     from exactmoe.kernels.matvec import Norm, matvec
@@ -515,7 +515,7 @@ def _decode_ops(
         yield partial(matvec, [dense], x, profile, None, f32(D), Guess(f32(E), gate, gate, A))
         yield partial(matvec, [packed("Q6_K", D, 37 * V)], f32(D), profile, norm)
         yield partial(decode_router, f32(D), norm, router, profile)
-        yield partial(decode_router, f32(D), norm, router, profile, (norm, router))
+        yield partial(decode_router, f32(D), norm, router, profile, NextLayer(norm, router))
         activated = Activated(f32(A, F), f32(E))
         routed = Routed(f32(E), torch.empty(operand_words(D, slices(profile)), dtype=torch.int32))
         for type_name in EXECUTABLE:

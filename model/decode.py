@@ -12,7 +12,7 @@ from torch import Tensor
 from exactmoe.kernels.argmax import choose
 from exactmoe.kernels.decode_attention import decode_attention, keys_of_one_launch
 from exactmoe.kernels.decode_experts import experts_down, experts_up
-from exactmoe.kernels.decode_router import decode_router
+from exactmoe.kernels.decode_router import NextLayer, decode_router
 from exactmoe.kernels.embedding import embed
 from exactmoe.kernels.errors import require
 from exactmoe.kernels.guess import Guess
@@ -87,7 +87,7 @@ class Decoder:
         ahead = None if guess is None or operand is None else Guess(guess, layer.gate, layer.up, top_k)
         row = heads if operand is None else operand
         x = matvec([layer.attn_output], row, model.profile, residual=x, guess=ahead)
-        after = (layers[i + 1].ffn_norm, layers[i + 1].router) if i + 1 < len(layers) else None
+        after = NextLayer(layers[i + 1].ffn_norm, layers[i + 1].router) if i + 1 < len(layers) else None
         return moe_step(x, layer.ffn_norm, layer.router, layer.gate, layer.up, layer.down, top_k, model.profile, after)
 
     def _capture(self, most: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
@@ -108,7 +108,7 @@ class Decoder:
 
 def moe_step(
     x: Tensor, norm: Norm, router: RouterWeight, gate: PackedMatrix, up: PackedMatrix, down: PackedMatrix,
-    top_k: int, profile: str, after: tuple[Norm, RouterWeight] | None = None,
+    top_k: int, profile: str, after: NextLayer | None = None,
 ) -> Stepped:  # fmt: skip
     """x [D] plus the MoE layer of its norm; and a guess for the layer `after` it, if that is given.
 

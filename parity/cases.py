@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exactmoe.parity.reference.decode_experts import Activated
-from exactmoe.parity.reference.decode_router import Routed
+from exactmoe.parity.reference.decode_router import NextLayer, Routed
 from exactmoe.parity.reference.dispatch import Dispatch
 from exactmoe.parity.reference.kv_cache import KVLayer
 from exactmoe.parity.reference.matvec import Norm
@@ -698,16 +698,19 @@ class DecodeRouter(Case):
     D: int
     profile: str
     data: str = "normal"
+    guess: bool = False  # of what the next layer's router would say
 
     @property
     def cost(self) -> int:
-        return self.E * self.D * 16
+        return self.E * self.D * 16 * (2 if self.guess else 1)
 
     def arguments(self) -> tuple[Any, ...]:
         rng = self.rng()
         _, weight = RouterLogits(1, self.E, self.D).arguments()
         x = floats(rng, (1, self.D), self.data)[0]
-        return x, Norm(floats(rng, (self.D,), "normal"), np.float32(EPS)), weight, self.profile
+        norm, norm2 = (Norm(floats(rng, (self.D,), "normal"), np.float32(EPS)) for _ in range(2))
+        then = NextLayer(norm2, RouterWeight(weight.q[::-1].copy(), weight.scale[::-1].copy()))
+        return x, norm, weight, self.profile, then if self.guess else None
 
 
 def routed(rng: Generator, e: int, d: int, profile: str, data: str) -> Routed:
@@ -972,7 +975,9 @@ def _decode_cases() -> Iterator[Case]:
     for profile in PROFILES:
         for E, D in [(1, 256), (12, 768), (128, 2048), (5, 4096)]:
             yield DecodeRouter(E, D, profile)
-        yield from (DecodeRouter(12, 512, profile, data) for data in ("outlier", "zero", "tiny", "huge", "nonfinite"))
+            yield DecodeRouter(E, D, profile, guess=True)
+        for data in ("outlier", "zero", "tiny", "huge", "nonfinite"):
+            yield DecodeRouter(12, 512, profile, data, guess=data in ("huge", "nonfinite"))
         for E, A, F, D in [(1, 1, 256, 256), (12, 3, 256, 512), (7, 7, 512, 256), (128, 8, 256, 256)]:
             for fmt, second in (("Q4_K", "Q4_K"), ("Q4_K", "Q6_K"), ("Q6_K", "Q4_K")):
                 yield ExpertsUp(E, A, F, D, fmt, second, profile)
@@ -1055,7 +1060,7 @@ def tensors(args: tuple[Any, ...], device: "torch.device", packed: bool = False)
 
 _KERNEL_HOME = {
     "Activated": "decode_experts", "Dispatch": "dispatch", "KVLayer": "kv_cache", "Norm": "matvec", "RopeTable": "rope",
-    "Routed": "decode_router", "RouterWeight": "router",
+    "NextLayer": "decode_router", "Routed": "decode_router", "RouterWeight": "router",
 }  # fmt: skip
 
 

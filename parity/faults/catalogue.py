@@ -510,6 +510,12 @@ FAULTS: tuple[Fault, ...] = (
         "the kernel holds x when it computes the logits",
     ),
     Fault(
+        "decode-router-guesses-with-its-own-norm", "decode_router", "decode_router",
+        "after.norm.weight, after.norm.eps",
+        "norm.weight, norm.eps",
+        "the row that is normed already serves both",
+    ),
+    Fault(
         "decode-router-quantises-the-residual-stream", "decode_router", "decode_router",
         "quantize(normed, profile)",
         "quantize(x[None], profile)",

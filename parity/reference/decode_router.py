@@ -10,6 +10,13 @@ from exactmoe.parity.reference.quantize import quantize
 from exactmoe.parity.reference.router import RouterWeight, router_logits
 
 
+class NextLayer(NamedTuple):
+    """What a guess is made with."""
+
+    norm: Norm
+    router: RouterWeight
+
+
 class Routed(NamedTuple):
     """What the experts take."""
 
@@ -18,12 +25,11 @@ class Routed(NamedTuple):
     guess: F32 | None = None  # [E], logits of the next layer's router for the same row
 
 
-def decode_router(
-    x: F32, norm: Norm, weight: RouterWeight, profile: str, after: tuple[Norm, RouterWeight] | None = None
-) -> Routed:
-    """Router logits [E] of the normed row x [D], and the row quantised; from `after`, norm and router, a guess."""
+def decode_router(x: F32, norm: Norm, weight: RouterWeight, profile: str, after: NextLayer | None = None) -> Routed:
+    """Router logits [E] of the normed row x [D], and the row quantised; with the layer `after` this one, a guess."""
     normed = rms_norm(x[None], norm.weight, norm.eps)
     routed = Routed(router_logits(normed, weight)[0], operand(quantize(normed, profile)))
     if after is None:
         return routed
-    return routed._replace(guess=router_logits(rms_norm(x[None], after[0].weight, after[0].eps), after[1])[0])
+    then = rms_norm(x[None], after.norm.weight, after.norm.eps)
+    return routed._replace(guess=router_logits(then, after.router)[0])

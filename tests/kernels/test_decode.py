@@ -8,7 +8,7 @@ import torch
 from exactmoe.bench.layers import MoeStep
 from exactmoe.kernels.argmax import argmax, choose
 from exactmoe.kernels.decode_attention import decode_attention, keys_of_one_launch
-from exactmoe.kernels.decode_router import decode_router
+from exactmoe.kernels.decode_router import NextLayer, decode_router
 from exactmoe.kernels.errors import InvalidInput
 from exactmoe.kernels.guess import Guess
 from exactmoe.kernels.kv_cache import KVLayer
@@ -71,7 +71,10 @@ def test_a_guess_is_the_next_router_s_word_on_this_row(device: torch.device) -> 
     x, norm, router, *_, profile = MoeStep(1, 12, 3, 256, 512, "Q4_K", "Q6_K", "q8_k").on(device)
     norm2 = Norm(norm.weight.flip(0).contiguous(), norm.eps)
     router2 = RouterWeight(router.q.flip(0).contiguous(), router.scale.flip(0).contiguous())
-    plain, made = decode_router(x, norm, router, profile), decode_router(x, norm, router, profile, (norm2, router2))
+    plain, made = (
+        decode_router(x, norm, router, profile),
+        decode_router(x, norm, router, profile, NextLayer(norm2, router2)),
+    )
     assert plain.guess is None
     assert made.guess is not None
     assert made.guess.equal(decode_router(x, norm2, router2, profile).logits)
@@ -87,9 +90,9 @@ def test_a_guess_is_refused_that_fits_no_experts(device: torch.device) -> None:
         with pytest.raises(InvalidInput, match=match):
             matvec(weights, row, profile, None, residual, Guess(wrong, gate, gate, 13))
     with pytest.raises(InvalidInput, match="eps"):
-        decode_router(x, norm, router, profile, (Norm(norm.weight, 1.0), router))
+        decode_router(x, norm, router, profile, NextLayer(Norm(norm.weight, 1.0), router))
     with pytest.raises(InvalidInput, match="next router"):
-        decode_router(x, norm, router, profile, (norm, RouterWeight(router.q[:5], router.scale[:5])))
+        decode_router(x, norm, router, profile, NextLayer(norm, RouterWeight(router.q[:5], router.scale[:5])))
 
 
 def test_an_operand_is_not_normed_again_and_is_of_the_profile_asked_for(device: torch.device) -> None:
