@@ -1,7 +1,7 @@
 """Kernels that start while the one before them still runs (programmatic dependent launch, sm_90).
 
-A kernel launched with `DEPENDENT` may fetch weights at once, and calls `finish_wait` before it touches what an earlier
-kernel wrote. Every program calls `release_next` after it: so when the next kernel starts, all kernels but the one
+A kernel launched with `DEPENDENT` may fetch weights at once, and calls `finish_wait` before it touches what the kernel
+before it wrote. Every program calls `release_next` after it: so when the next kernel starts, all kernels but the one
 before it have ended, and what those wrote may be read without waiting."""
 
 import torch

@@ -138,15 +138,14 @@ def fetch(
 ):  # fmt: skip
     """`count` blocks from the `first` on, on their way, of those that `fold` takes: for each of a row's EACH blocks
     here, that of every tile, of the first matrix and then of the second, if FORMAT2 is not 0."""
+    COUNT: tl.constexpr = EACH * TILES
+    FORMATS: tl.constexpr = (FORMAT, FORMAT2)
+    both = (planes, planes2)
     fetched = ()  # type: tuple[tl.tensor, ...]
     for i in tl.static_range(first, first + count):
-        if i < EACH * TILES:
+        if i < (2 * COUNT if FORMAT2 > 0 else COUNT):
             fetched = fetched + (  # noqa: RUF005 - Triton has no *
-                _fetch(planes, start, n, i, N, STEP, TILES, NB, FORMAT, EVEN),
-            )
-        elif FORMAT2 > 0 and i < 2 * EACH * TILES:
-            fetched = fetched + (  # noqa: RUF005
-                _fetch(planes2, start, n, i - EACH * TILES, N, STEP, TILES, NB, FORMAT2, EVEN),
+                _fetch(both[i // COUNT], start, n, i % COUNT, N, STEP, TILES, NB, FORMATS[i // COUNT], EVEN),
             )
     return fetched
 
@@ -197,25 +196,19 @@ def fold(
     row. The first AHEAD blocks are `fetched`; each one used makes room for one more. `ptr` is `issue`'s."""
     EACH: tl.constexpr = NB // PARTS
     COUNT: tl.constexpr = EACH * TILES
+    FORMATS: tl.constexpr = (FORMAT, FORMAT2)
+    both = (x, x2)
     tl.static_assert(TILES <= 8)
     none = tl.zeros([start.shape[0], 8], tl.int32)
     products = ()  # type: tuple[tl.tensor, ...]
     for i in tl.static_range(2 * COUNT if FORMAT2 > 0 else COUNT):
-        w = fetched[i]
-        if i < COUNT:
-            if i % TILES == 0:
-                end, held = w[-1], (none, none)
-                scales = scales_of(end, FORMAT)
-            held = _hold(held, w, scales, x[i // TILES], i % TILES, FORMAT, S)
-            if i % TILES == TILES - 1:
-                products = products + (block_product(held, end, x[i // TILES], FORMAT, S),)  # noqa: RUF005
-        else:
-            if i % TILES == 0:
-                end, held = w[-1], (none, none)
-                scales = scales_of(end, FORMAT2)
-            held = _hold(held, w, scales, x2[(i - COUNT) // TILES], i % TILES, FORMAT2, S)
-            if i % TILES == TILES - 1:
-                products = products + (block_product(held, end, x2[(i - COUNT) // TILES], FORMAT2, S),)  # noqa: RUF005
+        w, own = fetched[i], both[i // COUNT][i % COUNT // TILES]
+        if i % TILES == 0:
+            end, held = w[-1], (none, none)
+            scales = scales_of(end, FORMATS[i // COUNT])
+        held = _hold(held, w, scales, own, i % TILES, FORMATS[i // COUNT], S)
+        if i % TILES == TILES - 1:
+            products = products + (block_product(held, end, own, FORMATS[i // COUNT], S),)  # noqa: RUF005
         more = fetch(planes, planes2, start, n, i + AHEAD, 1, N, STEP, TILES, NB, EACH, FORMAT, FORMAT2, EVEN)
         if len(more) > 0:
             issue(ptr)
