@@ -118,6 +118,12 @@ def floats(rng: Generator, shape: tuple[int, ...], data: str) -> F32:
     return x
 
 
+def one_row(rng: Generator, width: int, kind: str) -> F32:
+    """A row f32 [width] of the kinds of `floats`; with "nonfinite", the one that has a NaN."""
+    row: F32 = floats(rng, (2 if kind == "nonfinite" else 1, width), kind)[-1]
+    return row
+
+
 def blocks(rng: Generator, rows: tuple[int, ...], k: int, fmt: str, data: str) -> QuantMatrix:
     """Quantised weights [*rows, k]: every bit of codes and scales in use, the f16 factors of one kind."""
     shape = (*rows, k // 256)
@@ -222,6 +228,8 @@ def cache(rng: Generator, keys: int, g: int, c: int, data: str) -> KVLayer:
             v_scale = np.exp2(rng.integers(-90, 20, (capacity, g))).astype(np.float32)
         case "early":  # the largest values by far lie in the first of many tiles
             v_scale[:1] *= np.float32(2.0**6)
+        case "late":  # the same, in the last tile, before the key that a decode step appends
+            v_scale[max(keys - 2, 0) : keys - 1] *= np.float32(2.0**6)
         case "zero":  # a kv head whose values are all zero
             v_scale[:, 0], v[:, 0] = 0, 0
         case "nonfinite":  # a bad key for kv head 0, a bad value for the last: only later queries see them
@@ -680,7 +688,7 @@ class Matvec(Case):
         weights = [blocks(rng, (self.N,), self.K, self.format, kind)]
         if self.second:
             weights.append(blocks(rng, (7,), self.K, self.second, kind))
-        x = floats(rng, (1, self.K), "normal" if kind == self.data else self.data)[0]
+        x: Any = one_row(rng, self.K, "normal" if kind == self.data else self.data)
         if self.data == "worst":
             x[:] = 1  # every code at its bound
         norm = Norm(floats(rng, (self.K,), "normal"), np.float32(EPS)) if self.around == "norm" else None
@@ -707,16 +715,22 @@ class DecodeRouter(Case):
     def arguments(self) -> tuple[Any, ...]:
         rng = self.rng()
         _, weight = RouterLogits(1, self.E, self.D).arguments()
-        x = floats(rng, (1, self.D), self.data)[0]
+        x = one_row(rng, self.D, self.data)
         norm, norm2 = (Norm(floats(rng, (self.D,), "normal"), np.float32(EPS)) for _ in range(2))
         then = NextLayer(norm2, RouterWeight(weight.q[::-1].copy(), weight.scale[::-1].copy()))
         return x, norm, weight, self.profile, then if self.guess else None
 
 
+def one_token(e: int, data: str) -> F32:
+    """Logits of `e` experts for one token, of the kinds of `Route`; with "nonfinite", a token that has a NaN."""
+    logits, _ = Route(2 if data == "nonfinite" else 1, e, 1, data).arguments()
+    row: F32 = logits[-1]
+    return row
+
+
 def routed(rng: Generator, e: int, d: int, profile: str, data: str) -> Routed:
-    """Logits of `e` experts, of the kinds of `Route`, and the operand of a row of `d`."""
-    logits, _ = Route(1, e, 1, data).arguments()
-    return Routed(logits[0], operand(activations(rng, 1, d, profile, "normal")))
+    """Logits of `e` experts, and the operand of a row of `d`."""
+    return Routed(one_token(e, data), operand(activations(rng, 1, d, profile, "normal")))
 
 
 @dataclass(frozen=True)
@@ -763,8 +777,7 @@ class ExpertsDown(Case):
         down = blocks(rng, (self.E, self.D), self.F, self.format, "normal")
         h = floats(rng, (self.A, self.F), "normal")
         x = floats(rng, (self.D,), "normal")
-        logits, _ = Route(1, self.E, 1, self.data).arguments()
-        return Activated(h, logits[0]), down, x, self.profile
+        return Activated(h, one_token(self.E, self.data)), down, x, self.profile
 
 
 @dataclass(frozen=True)
@@ -998,7 +1011,11 @@ def _decode_cases() -> Iterator[Case]:
         for data in ("worst", "wide", "zero", "nonfinite", "overflow", "peaked", "huge", "tiny", "new"):
             yield DecodeAttention(8, 2, 64, 37, profile, data)
             yield DecodeAttention(4, 2, 64, 150, profile, data)
-        yield from (DecodeAttention(2, 1, 64, 900, profile, data) for data in ("early", "peaked", "nonfinite"))
+        # More queries of a kv head than a program takes, in one launch and in two.
+        for H, G, C, position in [(8, 1, 128, 40), (6, 1, 64, 20), (16, 1, 32, 140), (24, 2, 32, 140)]:
+            yield DecodeAttention(H, G, C, position, profile)
+        for data in ("early", "late", "peaked", "nonfinite"):
+            yield DecodeAttention(2, 1, 64, 900, profile, data)
 
 
 def _table() -> dict[str, tuple[Case, ...]]:
