@@ -2,7 +2,8 @@
 Promised order: as qk_norm_rope, append, attend and quantize, one after another.
 
 A program takes every PARTS-th tile of keys of one kv head, for HB of its query heads. Probabilities need the largest
-score of all keys, so there are two launches: scores, then weighted values. One tile needs only one.
+score of all keys, and outputs all parts, so there are three launches: scores, weighted values, and the sum of the
+parts. One tile needs only one.
 
 Dots run on tensor cores, on slices; keys, and then the values' columns, are the rows, and a head's two slices are
 columns side by side, so that a thread has both. A query is 128h + l with l from -64 to 63, a key 128h + l with l from 0
@@ -21,7 +22,6 @@ import triton.language as tl
 from torch import Tensor
 
 from exactmoe.kernels import tiles
-from exactmoe.kernels.atomics import add_integers, arrive
 from exactmoe.kernels.attention import fixed_point
 from exactmoe.kernels.dependent import DEPENDENT, finish_wait, release_next
 from exactmoe.kernels.errors import require
@@ -55,6 +55,7 @@ class Attended(NamedTuple):
 _MAX_KEYS = 262144  # as kernels.attention
 _MAX_WIDTH = 1024  # 128 times a head's sum of int8 products stays below 2^31
 _REGISTERS = 128  # so that a program finds room beside one of the kernel before, and loads its keys early
+_AHEAD = 36  # partial sums that a thread has in flight, of two registers each
 _INTERPRETED = tl.constexpr(interpreting())
 
 
@@ -109,27 +110,32 @@ def decode_attention(
         torch.empty(operand_words(heads * C, slices(profile)), dtype=torch.int32, device=qkv.device)
         if sizes["S"] else None,
     )  # fmt: skip
-    scores = tops = sums = arrived = None
+    scores = tops = sums = None
     if not one:
         scores = torch.empty(heads, P, dtype=torch.float32, device=qkv.device)
         tops = torch.empty(heads + G, tile.parts, dtype=torch.float32, device=qkv.device)
-        sums = torch.empty(heads * C + heads, dtype=torch.int64, device=qkv.device)
-        arrived = torch.empty(groups, dtype=torch.int32, device=qkv.device)
+        sums = torch.empty(heads * (C + 1) * tile.parts, dtype=torch.int64, device=qkv.device)
     words = HB * C2 // 2 + C2 // 2 + 3 * rows + 2
     words += words % 2  # what is i64 in it lies at a multiple of 8 bytes
     scratch = torch.empty(groups * tile.parts, words, dtype=torch.int32, device=qkv.device)
     ahead = spans(later)
     _decode_scores_kernel[(groups, tile.parts)](
         qkv, q_norm.weight, k_norm.weight, q_norm.eps, *rope, position, *kv,
-        scratch, scores, tops, sums, arrived, *out, *ahead[:2], P,
+        scratch, scores, tops, *out, *ahead[:2], P,
         **sizes, RT=rows, WORDS=words, ONE=one, LATER=ahead[2], LATER2=ahead[3], WARPS=tile.warps,
         num_warps=tile.warps, num_stages=1, maxnreg=_REGISTERS, **DEPENDENT, **FAITHFUL,
     )  # fmt: skip
     if not one:
+        S = sizes.pop("S")  # only the last of them has whole outputs to quantise
         _decode_values_kernel[(groups, tile.parts)](
-            position, kv.v, kv.v_scale, scores, tops, sums, arrived, *out, P,
-            **sizes, PARTS2=triton.next_power_of_2(tile.parts), WARPS=tile.warps,
+            position, kv.v, kv.v_scale, scores, tops, sums, *ahead[:2], P,
+            **sizes, LATER=ahead[2], LATER2=ahead[3], WARPS=tile.warps,
             num_warps=tile.warps, num_stages=1, maxnreg=_REGISTERS, **DEPENDENT, **FAITHFUL,
+        )  # fmt: skip
+        _decode_combine_kernel[(triton.cdiv(heads * C2, BLOCK),)](
+            position, tops, sums, *out, H=heads, G=G, C=C, C2=C2, BK=tile.keys, PARTS=tile.parts, S=S,
+            AHEAD=min(tile.parts, _AHEAD),
+            num_warps=8, num_stages=1, maxnreg=_REGISTERS, **DEPENDENT, **FAITHFUL,
         )  # fmt: skip
     return out
 
@@ -148,7 +154,7 @@ def keys_of_one_launch(kv: KVLayer) -> int:
 @triton.jit(do_not_specialize=["P"])
 def _decode_scores_kernel(
     qkv_ptr, q_norm_ptr, k_norm_ptr, eps, cos_ptr, sin_ptr, position_ptr, k_ptr, ks_ptr, v_ptr, vs_ptr,
-    scratch_ptr, scores_ptr, tops_ptr, sums_ptr, arrived_ptr, out_ptr, operand_ptr, later_ptr, later2_ptr, P,
+    scratch_ptr, scores_ptr, tops_ptr, out_ptr, operand_ptr, later_ptr, later2_ptr, P,
     H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, C2: tl.constexpr, HB: tl.constexpr, RT: tl.constexpr,
     BK: tl.constexpr, PARTS: tl.constexpr, S: tl.constexpr, WORDS: tl.constexpr, ONE: tl.constexpr,
     LATER: tl.constexpr, LATER2: tl.constexpr, WARPS: tl.constexpr,
@@ -158,31 +164,36 @@ def _decode_scores_kernel(
     group, part = tl.program_id(0), tl.program_id(1)
     g = group // SPLIT
     first = group % SPLIT * HB  # of the queries of this kv head
+    later = (later_ptr, later2_ptr)
     # The step before this one wrote them, so there is nothing to wait for; the new key and value come later.
     position = tl.load(position_ptr)
     count = 1  # tiles of keys
     if not ONE:
         count = position // BK + 1
-    s = part * BK + tl.arange(0, BK)
-    k, ks, vs = _load_keys(k_ptr, ks_ptr, vs_ptr, s, s < position, g, G, C, C2)
-    k_high, k_low = _slices(k)
-    wide = _widest(vs)
-    if ONE:
-        v_high, v_low, _ = _load_values(v_ptr, vs_ptr, s, s < position, g, G, C, C2)
-    # A warp has whole rows, each of a query beside the new key and value, and waits for no other.
-    r = tl.arange(0, RT)
-    query = (r < HB) & (first + r < PER)
-    one = tl.zeros([1], tl.int32)
-    turn = load_turn(q_norm_ptr + one, cos_ptr, sin_ptr, r < RT, position + tl.zeros([RT], tl.int32), C, C2)
-    weight, pair = load_pair(k_norm_ptr + one, C, C2)
-    turn_k = (weight, pair, turn[2], turn[3])
-    prefetch(later_ptr, LATER, part * tl.num_programs(0) + group, G * SPLIT * PARTS, 32 * WARPS)
-    prefetch(later2_ptr, LATER2, part * tl.num_programs(0) + group, G * SPLIT * PARTS, 32 * WARPS)
-    if not ONE:
-        prefetch_rows(v_ptr, s, position, g, G, C)  # for the next launch, which cannot start before this one ends
-    finish_wait()
-    release_next()
     if part < count:
+        s = part * BK + tl.arange(0, BK)
+        # All loads before what is made of one, which would be waited for before the next is on its way.
+        # A warp has whole rows, each of a query beside the new key and value, and waits for no other.
+        r = tl.arange(0, RT)
+        query = (r < HB) & (first + r < PER)
+        one = tl.zeros([1], tl.int32)
+        turn = load_turn(q_norm_ptr + one, cos_ptr, sin_ptr, r < RT, position + tl.zeros([RT], tl.int32), C, C2)
+        weight, pair = load_pair(k_norm_ptr + one, C, C2)
+        turn_k = (weight, pair, turn[2], turn[3])
+        k, ks, vs = _load_keys(k_ptr, ks_ptr, vs_ptr, s, s < position, g, G, C, C2)
+        issue(scratch_ptr)
+        if ONE:  # last, for Triton moves it to the layout of its dot at once
+            v = _load_tile(v_ptr, s, s < position, g, G, C, C2)
+            _fetch_later(later, LATER, LATER2, part * tl.num_programs(0) + group, G * SPLIT * PARTS, 32 * WARPS)
+            tl.debug_barrier()  # or the assembler would begin to take tiles apart before it has asked for all
+        k_high, k_low = _slices(k)
+        if not ONE:  # only now: what is asked for is in the way of keys that are waited for
+            prefetch_rows(v_ptr, s, position, g, G, C)  # for the next launch, which cannot start before this one ends
+        wide = _widest(_load_scales(vs_ptr, s, s < position, g, G))  # anew: no barrier holds back what needs no memory
+        if ONE:
+            v_high, v_low = _carried_slices(tl.trans(v))
+        finish_wait()
+        release_next()
         c = tl.arange(0, C2)[None, :]
         # What is known of the new token goes through memory: then it comes back in the layout that its use wants.
         own_ptr = scratch_ptr + (group * PARTS + part) * WORDS
@@ -225,7 +236,7 @@ def _decode_scores_kernel(
             den, num = _weighted(score, seen & (bad == 0)[None, :], m[None, :], vs, w, v_high, v_low)
             new_v = tl.load(new_ptr + tl.arange(0, C2))
             new_den, new_num = _weighted_one(new_score, own & (bad == 0), m, new_vs, w, new_v)
-            y = _quotient(num + new_num, (den + new_den).to(tl.int64), bad, w)
+            y = _quotient(num + new_num, (den + new_den).to(tl.int64)[None, :], bad[None, :], w[None, :])
             _store(y, out_ptr, operand_ptr, g, first, H, PER, C, S, WARPS)
         else:
             head = g * PER + first + j
@@ -246,11 +257,18 @@ def _decode_scores_kernel(
                 top, w = tl.maximum(top, tile_top), tl.maximum(w, _widest(vs))
             tl.store(tops_ptr + head * PARTS + part, top, own)
             tl.store(tops_ptr + (H + g) * PARTS + part + 0 * j, w, j == 0)
-            if part == 0:
-                row = own[None, :] & (tl.arange(0, C2) < C)[:, None]
-                tl.store(sums_ptr + head[None, :] * C + tl.arange(0, C2)[:, None], tl.zeros([C2, HB], tl.int64), row)
-                tl.store(sums_ptr + H * C + head, tl.zeros([HB], tl.int64), own)
-                tl.store(arrived_ptr + group, 0)
+    else:
+        if ONE:
+            _fetch_later(later, LATER, LATER2, part * tl.num_programs(0) + group, G * SPLIT * PARTS, 32 * WARPS)
+        finish_wait()
+        release_next()
+
+
+@triton.jit
+def _fetch_later(later, LATER: tl.constexpr, LATER2: tl.constexpr, part, PARTS: tl.constexpr, THREADS: tl.constexpr):
+    """Ask for share `part`, of PARTS, of what a later kernel reads: LATER bytes and LATER2."""
+    prefetch(later[0], LATER, part, PARTS, THREADS)
+    prefetch(later[1], LATER2, part, PARTS, THREADS)
 
 
 @triton.jit
@@ -320,15 +338,21 @@ def _score_tile(score_ptr, q, factor, keys, s, position, own):
 @triton.jit
 def _load_keys(k_ptr, ks_ptr, vs_ptr, s, live, g, G: tl.constexpr, C: tl.constexpr, C2: tl.constexpr):
     """Keys `s`, their scales and those of their values, where `live`; else 0."""
-    slot = s.to(tl.int64) * G + g
-    return _load_tile(k_ptr, s, live, g, G, C, C2), tl.load(ks_ptr + slot, live, 0.0), tl.load(vs_ptr + slot, live, 0.0)
+    k = _load_tile(k_ptr, s, live, g, G, C, C2)
+    return k, _load_scales(ks_ptr, s, live, g, G), _load_scales(vs_ptr, s, live, g, G)
 
 
 @triton.jit
 def _load_values(v_ptr, vs_ptr, s, live, g, G: tl.constexpr, C: tl.constexpr, C2: tl.constexpr):
     """`_carried_slices` of values `s` as columns, [C2, BK], and their scales, where `live`; else 0."""
     high, low = _carried_slices(tl.trans(_load_tile(v_ptr, s, live, g, G, C, C2)))
-    return high, low, tl.load(vs_ptr + s.to(tl.int64) * G + g, live, 0.0)
+    return high, low, _load_scales(vs_ptr, s, live, g, G)
+
+
+@triton.jit
+def _load_scales(ptr, s, live, g, G: tl.constexpr):
+    """Scales [BK] of rows `s` of kv head `g`, where `live`; else 0."""
+    return tl.load(ptr + s.to(tl.int64) * G + g, live, 0.0)
 
 
 @triton.jit
@@ -347,7 +371,10 @@ def _widest(vs):
 
 @triton.jit
 def _slices(x):
-    """h and l, int8, of i16 x = 128h + l with |h| at most 127."""
+    """h and l, int8, of i16 x = 128h + l with |h| at most 127.
+
+    Impure, or Triton would move `x` to the layout of its dot where it is loaded; so the slices lie in shared memory
+    until the dot, and take no registers."""
     if _INTERPRETED:
         return (x >> 7).to(tl.int8), (x & 127).to(tl.int8)
     else:
@@ -358,7 +385,7 @@ def _slices(x):
             prmt.b32 $0, a, b, 0x6420;
             prmt.b32 $1, $2, $3, 0x6420; and.b32 $1, $1, 0x7f7f7f7f;
             }""",
-            "=&r,=&r,r,r", [x], dtype=(tl.int8, tl.int8), is_pure=True, pack=4,
+            "=&r,=&r,r,r", [x], dtype=(tl.int8, tl.int8), is_pure=False, pack=4,
         )  # fmt: skip
 
 
@@ -442,10 +469,9 @@ def _whole(x):
 
 @triton.jit
 def _quotient(num, den, bad, w):
-    """Outputs [C2, HB] from the sums over all keys; NaN for heads that are `bad`."""
-    below = tl.where(bad | (den == 0), 1.0, den.to(tl.float32))[None, :]
-    y = tl.div_rn(num.to(tl.float32), tl.broadcast_to(below, num.shape)) * w[None, :]
-    return nan_where(bad[None, :], y)
+    """Outputs from the sums over all keys, NaN for heads that are `bad`; what a head has once is broadcast."""
+    below = tl.where(bad | (den == 0), 1.0, den.to(tl.float32))
+    return nan_where(bad, tl.div_rn(num.to(tl.float32), tl.broadcast_to(below, num.shape)) * w)
 
 
 @triton.jit
@@ -469,11 +495,37 @@ def _store(
         store_operand(x, tl.zeros([M], tl.int32), block, operand_ptr, H * C // 256, S, True)
 
 
+@triton.jit
+def _largest(tops_ptr, head, own, active, H: tl.constexpr, PER: tl.constexpr, PARTS: tl.constexpr):
+    """Of each head [M], where `own`, the largest score by `_marked` and the largest scale of its values, from the
+    `active` parts. A head is a row of 32 parts at a time: it lies in one warp, which waits for no other."""
+    tops = tl.full([head.shape[0], 32], float("-inf"), tl.float32)
+    wide = tl.zeros([head.shape[0], 32], tl.float32)
+    for start in tl.static_range(0, PARTS, 32):
+        i = start + tl.arange(0, 32)[None, :]
+        live = (i < active) & own[:, None]
+        tops = tl.maximum(tops, tl.load(tops_ptr + head[:, None] * PARTS + i, live, float("-inf")))
+        wide = tl.maximum(wide, tl.load(tops_ptr + (H + head // PER)[:, None] * PARTS + i, live, 0.0))
+    return tl.max(tops, axis=1), tl.max(wide, axis=1)
+
+
+@triton.jit
+def _num_at(sums_ptr, part, head, c, H: tl.constexpr, C: tl.constexpr):
+    """Where a part's sum of weighted values lies: its outputs side by side."""
+    return sums_ptr + (part * H + head) * C + c
+
+
+@triton.jit
+def _den_at(sums_ptr, part, head, H: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr):
+    """Where a part's sum of probabilities lies: those of a head side by side."""
+    return sums_ptr + PARTS * H * C + head * PARTS + part
+
+
 @triton.jit(do_not_specialize=["P"])
 def _decode_values_kernel(
-    position_ptr, v_ptr, vs_ptr, scores_ptr, tops_ptr, sums_ptr, arrived_ptr, out_ptr, operand_ptr, P,
+    position_ptr, v_ptr, vs_ptr, scores_ptr, tops_ptr, sums_ptr, later_ptr, later2_ptr, P,
     H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, C2: tl.constexpr, HB: tl.constexpr,
-    BK: tl.constexpr, PARTS: tl.constexpr, S: tl.constexpr, PARTS2: tl.constexpr, WARPS: tl.constexpr,
+    BK: tl.constexpr, PARTS: tl.constexpr, LATER: tl.constexpr, LATER2: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     PER: tl.constexpr = H // G
     SPLIT: tl.constexpr = (PER + HB - 1) // HB
@@ -485,11 +537,13 @@ def _decode_values_kernel(
     own = first + j < PER
     position = tl.load(position_ptr)
     count = position // BK + 1
+    active = tl.minimum(count, PARTS)
     s = part * BK + tl.arange(0, BK)
     v_high, v_low, vs = _load_values(v_ptr, vs_ptr, s, s < position, g, G, C, C2)
+    later = (later_ptr, later2_ptr)
+    _fetch_later(later, LATER, LATER2, part * tl.num_programs(0) + group, G * SPLIT * PARTS, 32 * WARPS)
     finish_wait()
     release_next()
-    active = tl.minimum(count, PARTS)
     if part < active:
         # Scores before the largest are known, so that one does not wait for the other.
         inside = (s < position)[:, None] & own[None, :]
@@ -499,11 +553,8 @@ def _decode_values_kernel(
         new_v = tl.load(v_ptr + slot * C + c, last & (c < C), 0)
         new_vs = tl.load(vs_ptr + slot + 0 * j, last & own, 0.0)
         new_score = tl.load(scores_ptr + head.to(tl.int64) * P + position, last & own, 0.0)
-        # A head is a row: it lies in one warp, which waits for no other.
-        i = tl.arange(0, PARTS2)[None, :]
-        part_tops = tl.load(tops_ptr + head[:, None] * PARTS + i, (i < active) & own[:, None], float("-inf"))
-        part_wide = tl.load(tops_ptr + (H + g) * PARTS + i + 0 * j[:, None], i < active, 0.0)
-        top, w = tl.max(part_tops, axis=1), tl.max(part_wide, axis=1)
+        issue(sums_ptr)
+        top, w = _largest(tops_ptr, head, own, active, H, PER, PARTS)
         bad = top == float("inf")
         m = tl.where(bad, 0.0, top)
         valid = (own & (bad == 0))[None, :]
@@ -522,12 +573,44 @@ def _decode_values_kernel(
             new_den, new_num = _weighted_one(new_score, own & (bad == 0), m, new_vs, w, new_v)
             den += new_den.to(tl.int64)
             num += new_num
-        sum_at = sums_ptr + head[None, :] * C + c[:, None]
-        den_at = sums_ptr + H * C + head
-        live = own[None, :] & (c < C)[:, None]
-        add_integers(sum_at, num, live)
-        add_integers(den_at, den, own)
-        if arrive(arrived_ptr + group) == active - 1:  # the last part has all sums
-            num = tl.load(sum_at, live, 0, cache_modifier=".cg")
-            den = tl.load(den_at, own, 1, cache_modifier=".cg")
-            _store(_quotient(num, den, bad, w), out_ptr, operand_ptr, g, first, H, PER, C, S, WARPS)
+        tl.store(_num_at(sums_ptr, part, head[None, :], c[:, None], H, C), num, own[None, :] & (c < C)[:, None])
+        tl.store(_den_at(sums_ptr, part, head, H, C, PARTS), den, own)
+
+
+@triton.jit
+def _decode_combine_kernel(
+    position_ptr, tops_ptr, sums_ptr, out_ptr, operand_ptr,
+    H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, C2: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
+    S: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    # Few programs, done soon: the next kernel may fetch what it multiplies with, the only thing it has before its wait.
+    release_next()
+    # A row is 32 outputs of a head. It lies in one warp, and an output in one thread, which adds its parts up alone.
+    row = tl.program_id(0) * 8 + tl.arange(0, 8)
+    head = row // (C2 // 32)
+    own = head < H
+    active = tl.minimum(tl.load(position_ptr) // BK + 1, PARTS)
+    # The scores' launch wrote them, and has ended: the values' has waited for it.
+    top, w = _largest(tops_ptr, head, own, active, H, H // G, PARTS)
+    bad = top == float("inf")
+    c = (row % (C2 // 32) * 32)[:, None] + tl.arange(0, 32)[None, :]
+    live = own[:, None] & (c < C)
+    finish_wait()
+    den = tl.zeros([8, 32], tl.int64)  # of 32 parts at a time
+    for start in tl.static_range(0, PARTS, 32):
+        i = start + tl.arange(0, 32)[None, :]
+        den += tl.load(_den_at(sums_ptr, i, head[:, None], H, C, PARTS), (i < active) & own[:, None], 0)
+    num = tl.zeros([8, 32], tl.int64)
+    for start in range(0, active, AHEAD):
+        parts = ()  # type: tuple[tl.tensor, ...]
+        for part in tl.static_range(AHEAD):
+            at = _num_at(sums_ptr, start + part, head[:, None], c, H, C)
+            parts = parts + (tl.load(at, live & (start + part < active), 0),)  # noqa: RUF005 - Triton has no *
+        issue(sums_ptr)
+        for part in tl.static_range(AHEAD):
+            num += parts[part]
+    y = _quotient(num, tl.sum(den, axis=1)[:, None], bad[:, None], w[:, None])
+    tl.store(out_ptr + head[:, None] * C + c, y, live)
+    if S > 0:
+        block = tl.program_id(0) + tl.zeros([1], tl.int32)
+        store_operand(tl.reshape(y, [1, 256]), tl.zeros([1], tl.int32), block, operand_ptr, H * C // 256, S, True)

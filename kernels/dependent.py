@@ -2,7 +2,10 @@
 
 A kernel launched with `DEPENDENT` may fetch weights at once, and calls `finish_wait` before it touches what the kernel
 before it wrote. Every program calls `release_next` after it: so when the next kernel starts, all kernels but the one
-before it have ended, and what those wrote may be read without waiting."""
+before it have ended, and what those wrote may be read without waiting.
+
+One kernel calls it first, attention's last, so that the weights of the next one are on their way while it waits: what
+runs behind it reads nothing else before its own wait."""
 
 import torch
 import triton

@@ -270,8 +270,7 @@ def _segment(
     norm = norm_ptr
     if norm_ptr is not None:
         norm = load_norm(norm_ptr, NB, NB2)
-    if not LOOP:
-        fetched = fetch(planes, (), start, n, 0, AHEAD, N, BN, TILES, NB, EACH, FORMAT, 0, EVEN)
+    fetched = fetch(planes, (), start, n, 0, AHEAD, N, BN, TILES, NB, EACH, FORMAT, 0, EVEN)
     if A > 0:
         fetch_guess(pid, later, LATER, E, E2, A, PROGRAMS, WARPS)
     finish_wait()
@@ -285,10 +284,8 @@ def _segment(
     if LOOP:
         tl.static_assert(residual_ptr is None)
         operands = load_operands(operand, y_ptr, NB, EACH, FORMAT, S)
-        for i in range(pid, tl.cdiv(N, BN * TILES), tl.num_programs(0)):
-            n = i * (BN * TILES) + r // PARTS
-            start = n.to(tl.int64) * NB + skip
-            fetched = fetch(planes, (), start, n, 0, AHEAD, N, BN, TILES, NB, EACH, FORMAT, 0, EVEN)
+        count: tl.constexpr = (N + BN * TILES - 1) // (BN * TILES)
+        for i in range(pid, count, tl.num_programs(0)):
             tl.debug_barrier()
             y, _ = fold(
                 fetched, planes, (), start, n, operands, (), y_ptr,
@@ -296,6 +293,10 @@ def _segment(
             )  # fmt: skip
             at = tile_rows(i * (BN * TILES), BN, BN)
             tl.store(y_ptr + at, y, of_a_tile(TILES) & (at < N))
+            # The next tile's, before anything waits; behind the last one some that are not used.
+            n = tl.minimum(i + tl.num_programs(0), count - 1) * (BN * TILES) + r // PARTS
+            start = n.to(tl.int64) * NB + skip
+            fetched = fetch(planes, (), start, n, 0, AHEAD, N, BN, TILES, NB, EACH, FORMAT, 0, EVEN)
     else:
         at = tile_rows(pid * (BN * TILES), BN, BN)
         live = of_a_tile(TILES) & (at < N)

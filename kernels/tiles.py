@@ -123,7 +123,7 @@ def matvec(rows: int, blocks: int) -> MatvecTile:
     if interpreting():
         return _interpreted(rows)
     if rows > 1 << 16:  # the output of the model: a program goes round
-        return MatvecTile(4, 4, 4, 8, 6 * 132)
+        return MatvecTile(4, 4, 4, 8, 4 * 132)
     # Eight warps with a row each at a time, and one wave of programs: each norms the whole of x.
     return MatvecTile(8, max(1, min(8, rows // (8 * 128))), 8, 16)
 

@@ -1,6 +1,6 @@
 """The decode step of production: one token of one sequence, on a GPU one CUDA graph.
 
-A layer is six launches while attention has one tile of keys, and seven beyond; a small tile is faster than a large one,
+A layer is six launches while attention has one tile of keys, and eight beyond; a small tile is faster than a large one,
 so there are three graphs at most. Token and position live on the device: a step chooses the next token and moves on by
 itself."""
 

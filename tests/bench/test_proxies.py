@@ -31,7 +31,7 @@ def test_a_decode_step_launches_and_reads_what_is_locked() -> None:
 def test_the_lock_is_of_a_whole_step_and_reads_little_more_than_the_weights() -> None:
     lock = read_lock()
     assert sum(lock["launches"].values()) > 48
-    assert lock["launches_a_layer"] == 7
+    assert lock["launches_a_layer"] == 8
     assert lock["launches"].keys() == lock["bytes_read"].keys()
     assert (
         1.0 < sum(lock["bytes_read"].values()) / lock["weight_minimum"] < 1.08
@@ -40,7 +40,7 @@ def test_the_lock_is_of_a_whole_step_and_reads_little_more_than_the_weights() ->
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [({"launches_a_layer": 8}, "launches_a_layer: 7.0 -> 8"),
+    [({"launches_a_layer": 9}, "launches_a_layer: 8.0 -> 9"),
      ({"launches": {"_new_kernel": 1}}, "launches _new_kernel: None -> 1"),
      ({"bytes_read": {"_embed_kernel": 1}}, "bytes_read _embed_kernel: ")],
 )  # fmt: skip

@@ -18,6 +18,7 @@ from exactmoe.parity.cases import (
     Attend,
     Case,
     Combine,
+    DecodeAttention,
     Embed,
     GroupedMatmul,
     Matmul,
@@ -108,7 +109,7 @@ def test_programs_in_reverse_order_give_the_same_bits(
     monkeypatch.setattr(InterpreterBuilder, "set_grid_idx", reversed_order)
     for name, size in SCHEDULES["small"].items():
         monkeypatch.setattr(tiles, name, lambda *_, size=size: size)
-    # Only attention's programs write what others of the same launch read or add to.
+    # Attention's programs write into one cache and one operand: which of them writes what depends on more than a tile.
     cases = [*_some(op), *(case for case in cheap(op) if op == "decode_attention" and case.cost < 2**18)]
     assert cases
     for case in cases:
@@ -121,6 +122,16 @@ def test_programs_in_reverse_order_give_the_same_bits(
 def test_a_matmul_takes_any_tile(fmt: str, profile: str, tile: MatmulTile, check: Callable[..., None]) -> None:
     check(Matmul(17, 100, 512, fmt, profile), tile=tile)
     check(GroupedMatmul(7, 5, 3, 48, 256, fmt, profile, "ragged"), tile=tile)
+
+
+@pytest.mark.parametrize("ahead", [1, 2, 5, 36])
+def test_attention_adds_up_its_parts_a_few_at_a_time(
+    ahead: int, check: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("exactmoe.kernels.decode_attention._AHEAD", ahead)
+    monkeypatch.setattr(tiles, "decode_attention", lambda *_: DecodeAttentionTile(16, 5, 4, 4))
+    for position in (30, 64, 150):  # 2 active parts of 5, all of them, and parts of several tiles
+        check(DecodeAttention(4, 2, 64, position, "q8_k"))
 
 
 @pytest.mark.parametrize("split", [1, 2, 5, 16])
