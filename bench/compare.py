@@ -24,6 +24,7 @@ import numpy as np
 from exactmoe.kernels.errors import InvalidInput, MissingEnvironment, require
 
 PAIRS = 240
+PAIRS_OF_STEPS = 40  # a run of 128 steps takes as long as hundreds of kernels
 STRETCHES = 10
 SAME = 0.01  # a ratio closer to 1 is no difference, however sure
 _STUDENT = 3.250  # 99% of a t of STRETCHES - 1 degrees of freedom lies within
@@ -104,10 +105,12 @@ def judge(name: str, before: Sequence[float], after: Sequence[float], numbers_ch
 
 
 @contextmanager
-def revisions(rev: str, profile: str, plant: float | None = None) -> Iterator[tuple[Ask, Ask]]:
+def revisions(
+    rev: str, profile: str, plant: float | None = None, model: str | None = None
+) -> Iterator[tuple[Ask, Ask]]:
     """The workers of revision `rev`, in a worktree that is removed afterwards, and of the tree as it is.
 
-    The latter is slowed down by the share `plant` where there is one.
+    The latter is slowed down by the share `plant` where there is one. With a `model` both time its decode steps.
 
     Raises InvalidInput for a revision that git does not have."""
     root = Path(__file__).resolve().parent.parent
@@ -117,8 +120,9 @@ def revisions(rev: str, profile: str, plant: float | None = None) -> Iterator[tu
         if done.returncode:
             raise InvalidInput(f"{rev}: no such revision can be checked out: {done.stderr.strip()}")
         stack.callback(_git, root, "worktree", "remove", "--force", str(folder))
+        whole = () if model is None else ("--model", str(Path(model).absolute()))
         options = () if plant is None else (str(plant),)
-        other, this = worker(folder, (profile,)), worker(root, (profile, *options))
+        other, this = worker(folder, (profile, *whole)), worker(root, (profile, *whole, *options))
         yield stack.enter_context(other), stack.enter_context(this)
 
 

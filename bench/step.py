@@ -2,7 +2,8 @@
 
 prepare(model, context)             a sequence whose cache holds `context` positions of made-up keys and values
 follow(sequence)                    the tokens it goes on with, and the logits behind each
-time_steps(sequence)                microseconds a token, of runs of its steps one after another
+time_run(sequence)                  microseconds a token, of one run of its steps one after another
+time_steps(sequence)                the same of some runs
 trace_step(model, context, path)    a profile of a few steps in the Chrome format, which Perfetto opens
 summary(trace)                      that profile by kernel"""
 
@@ -96,16 +97,16 @@ def follow(sequence: Sequence) -> tuple[Tensor, Tensor]:
     return torch.cat(tokens), torch.stack(logits)
 
 
-def time_steps(sequence: Sequence, runs: int = RUNS) -> list[float]:
-    """Microseconds a token of `runs` runs. Raises MissingEnvironment without a CUDA device."""
+def time_run(sequence: Sequence) -> float:
+    """Microseconds a token of one run; the first one may capture graphs. Raises MissingEnvironment without a CUDA
+    device."""
     require_cuda(sequence.cache.k.device)
-    samples = []
-    for i in range(runs + 1):
-        decoder = _rewound(sequence)
-        took = elapsed(partial(_run, decoder, sequence.steps))
-        if i:  # the first run may capture the graph
-            samples.append(took / sequence.steps)
-    return samples
+    return elapsed(partial(_run, _rewound(sequence), sequence.steps)) / sequence.steps
+
+
+def time_steps(sequence: Sequence, runs: int = RUNS) -> list[float]:
+    """Microseconds a token of `runs` runs behind a first. Raises as `time_run`."""
+    return [time_run(sequence) for _ in range(runs + 1)][1:]
 
 
 def _run(decoder: "Decoder", steps: int) -> None:

@@ -70,6 +70,11 @@ def wholes() -> dict[str, Whole]:
     return {row.name: row for row in rows}
 
 
+def decode_rows() -> dict[str, Whole]:
+    """Those of the decode step."""
+    return {name: row for name, row in wholes().items() if row.kind == "decode"}
+
+
 def refusal(row: Whole, file: GGUFFile, config: Config, device: torch.device) -> Exception | None:
     """Why a row cannot run on this model and device, before anything is loaded; None where it can."""
     try:

@@ -1,15 +1,20 @@
 """One revision's side of a comparison: times a benchmark whenever it is asked.
 
     python -m exactmoe.bench.worker PROFILE [SHARE]
+    python -m exactmoe.bench.worker PROFILE --model MODEL.gguf
 
 It reads names, a line each, and answers each with a line of JSON: {"name", "us", "equal", "digest"}, or {"name",
 "error"} for a benchmark it does not have. What a benchmark needs is made when it is first asked for, and judged. With a
-SHARE everything is slowed down by it, and the share that was measured is in the answer as "planted"."""
+SHARE everything is slowed down by it, and the share that was measured is in the answer as "planted". With a MODEL the
+names are those of its decode steps, and a time is that of a token, of one run."""
 
 import json
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from exactmoe.model.weights import Model
 
 
 def serve(names: Iterable[str], answer: Callable[[str], dict[str, Any]], out: TextIO) -> None:
@@ -58,5 +63,43 @@ def timer(profile: str, share: float | None = None) -> Callable[[str], dict[str,
     return answer
 
 
+def model_timer(profile: str, path: str) -> Callable[[str], dict[str, Any]]:
+    """Answers for the decode steps of the model at `path` on this machine's CUDA device."""
+    from exactmoe.kernels.launch import resolve_device
+
+    device = resolve_device("cuda")
+    from exactmoe.model.weights import load_model
+
+    return of_steps(load_model(path, device, profile))
+
+
+def of_steps(model: "Model") -> Callable[[str], dict[str, Any]]:
+    """Answers for the decode steps of a model, judged as `exactmoe bench --model` does."""
+    from exactmoe.bench.step import TOKENS, prepare, time_run
+    from exactmoe.bench.whole import decode_rows, judge_decode
+
+    table = decode_rows()
+    ready: dict[str, tuple[dict[str, Any], Any]] = {}
+
+    def answer(name: str) -> dict[str, Any]:
+        if name not in table:
+            return {"error": f"this revision has no decode step {name}"}
+        if name not in ready:
+            ready.clear()  # a long context's cache fills the device
+            sequence = prepare(model, table[name].tokens, TOKENS)
+            equal, digest = judge_decode(model, sequence)
+            ready[name] = {"equal": equal, "digest": digest}, sequence
+        said, sequence = ready[name]
+        return {"us": time_run(sequence) if said["equal"] else None, **said}
+
+    return answer
+
+
+def main(profile: str, *options: str) -> None:
+    """Serve what the arguments of the command ask for."""
+    model = options[:1] == ("--model",)
+    serve(sys.stdin, model_timer(profile, *options[1:]) if model else timer(profile, *map(float, options)), sys.stdout)
+
+
 if __name__ == "__main__":
-    serve(sys.stdin, timer(sys.argv[1], *map(float, sys.argv[2:])), sys.stdout)
+    main(*sys.argv[1:])

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from exactmoe.contracts.evidence import Record, content_hash, write
+from exactmoe.contracts.record import Record, content_hash, write
 from exactmoe.contracts.status import concerned
 from exactmoe.contracts.validate import files, load
 

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from exactmoe.contracts.document import Document
-from exactmoe.contracts.evidence import FOLDER, Record, Unusable
 from exactmoe.contracts.findings import Finding
+from exactmoe.contracts.record import FOLDER, Record, Unusable
 from exactmoe.contracts.rules import covered
 from exactmoe.contracts.schema import STATUSES, Contract, Falsifier
 from exactmoe.contracts.validate import files, load, root_of

@@ -80,7 +80,7 @@ def sides(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     asked: list[Any] = []
 
     @contextmanager
-    def revisions(rev: str, profile: str, plant: float | None) -> Iterator[Any]:
+    def revisions(rev: str, profile: str, plant: float | None = None, model: str | None = None) -> Iterator[Any]:
         asked.append(plant)
         plain = {"us": 10.0, "equal": True, "digest": "x"}
         slow = {**plain, "us": 10 * (1 + plant), "planted": plant} if plant else plain

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from exactmoe.contracts import status as status_module
-from exactmoe.contracts.evidence import Record, Unusable, content_hash, write
+from exactmoe.contracts.record import Record, Unusable, content_hash, write
 from exactmoe.contracts.status import ContractStatus, markdown, statuses
 
 TESTS = """
@@ -185,12 +185,19 @@ def test_a_run_of_some_tests_is_no_evidence_of_the_others(real: Project) -> None
     assert found.status == "PROPOSED"
 
 
-def test_some_parameters_do_not_stand_for_all_where_all_can_run(project: Project) -> None:
+@pytest.mark.parametrize(
+    ("counts", "state"),
+    [((2, 0, 0, 0), "passed"), ((1, 0, 0, 1), "bound"), ((0, 1, 0, 1), "failed"), ((0, 0, 1, 1), "skipped")],
+)
+def test_some_parameters_do_not_stand_for_all_where_all_can_run(
+    counts: tuple[int, int, int, int], state: str, project: Project
+) -> None:
     project.edit(project.contract, "devices: [cpu]", "devices: [cpu, gpu]")
-    gpu = project.passing("gpu", "gpu.json", test_two=(1, 0, 0, 1))
+    gpu = project.passing("gpu", "gpu.json", test_two=counts)
     found = project.status(project.passing(test_two=(1, 0, 0, 1)), gpu)
-    assert (states(found)["FALSIFY-2 cpu"], states(found)["FALSIFY-2 gpu"]) == ("passed", "skipped")
-    assert found.status == "ACTIVE_ALGORITHM_LEVEL"
+    assert (states(found)["FALSIFY-2 cpu"], states(found)["FALSIFY-2 gpu"]) == ("passed", state)
+    assert found.status == ("DISCHARGED" if state == "passed" else "ACTIVE_ALGORITHM_LEVEL")
+    assert [finding.code for finding in found.findings] == ["STATUS-003"] * (state in ("failed", "skipped"))
 
 
 def test_a_parameter_that_was_not_chosen_is_counted(real: Project) -> None:

@@ -26,6 +26,7 @@ EXAMPLES = """examples:
   exactmoe bench --model big.gguf --record
   exactmoe bench --model big.gguf decode-4096 prefill-512
   exactmoe bench --model big.gguf --context 4096 --trace step.json
+  exactmoe bench --model big.gguf decode-0 --compare HEAD~1
   exactmoe bench moe-layer-1 --peer torch-grouped-mm --peer transformers
   exactmoe bench --model big.gguf decode-0 --peer llama.cpp build/bin/llama-bench
   exactmoe bench --history bench/results/nvidia-h100-80gb-hbm3.jsonl --markdown
@@ -44,6 +45,7 @@ transformers and llama.cpp the decoding of the --model. It has other numbers, so
 not installed is named as absent, and nothing needs it.
 
 With --compare the verdict is on pairs of times, this tree's over REF's: faster, slower, or the same within an interval.
+Of a --model decode steps are compared; each side holds the model, so it must fit the device twice.
 With --trials and REF the tree itself, every faster or slower is a false alarm.
 
 exit status: 0 every row is right and none slower than REF, the README as the history says; 1 one is not; 2 the
@@ -144,8 +146,8 @@ def _write_json(path: str | None, found: object) -> None:
             out.write(text.encode())
 
 
-def _compare(args: argparse.Namespace, names: list[str]) -> int:
-    from exactmoe.bench.compare import compare, revisions
+def _compare(args: argparse.Namespace, names: list[str], model: str | None = None) -> int:
+    from exactmoe.bench.compare import PAIRS, PAIRS_OF_STEPS, compare, revisions
     from exactmoe.bench.trials import lines, tally, to_dict
     from exactmoe.kernels.launch import resolve_device
 
@@ -155,8 +157,8 @@ def _compare(args: argparse.Namespace, names: list[str]) -> int:
     plant = None if args.plant is None else args.plant / 100
     verdicts = []
     for _ in range(args.trials or 1):
-        with revisions(args.compare, args.activations, plant) as (other, this):
-            for verdict in compare(names, other, this):
+        with revisions(args.compare, args.activations, plant, model) as (other, this):
+            for verdict in compare(names, other, this, PAIRS if model is None else PAIRS_OF_STEPS):
                 verdicts.append(verdict)
                 print(verdict, file=stream, flush=True)
     found: object = [verdict.to_dict() for verdict in verdicts]
@@ -174,18 +176,19 @@ def _whole(args: argparse.Namespace) -> int:
     """The rows of a whole model."""
     from exactmoe.kernels.launch import resolve_device
 
-    require(args.compare is None, "--compare is of kernels; a --model is timed as it is")
+    require(args.plant is None, "--plant is of kernels: nothing can be planted in the step of a --model")
     require(args.context is None or args.context >= 0, f"--context must be 0 or more, got {args.context}")
     alone = args.context is not None or args.trace is not None
     require(not (alone and args.names), "--context and --trace are of one decode step: no names beside them")
     if args.trace is not None:
         options.require_writable(args.trace)
+    require(not (alone and args.compare), "--compare takes names; --context and --trace are of one run")
     file, config = options.open_model(args.model)
     device = resolve_device("auto")
     from exactmoe.bench.step import busy, summary, trace_step
-    from exactmoe.bench.whole import Whole, refusal, run_wholes, wholes
+    from exactmoe.bench.whole import Whole, decode_rows, refusal, run_wholes, wholes
 
-    table = wholes()
+    table = wholes() if args.compare is None else decode_rows()
     if alone:
         only = Whole("decode", args.context or 0)
         table = {only.name: only}
@@ -200,6 +203,8 @@ def _whole(args: argparse.Namespace) -> int:
     if args.list:
         print("\n".join(row.name for row in chosen))
         return 0
+    if args.compare is not None:
+        return _compare(args, [row.name for row in chosen], args.model)
     print(_HEAD, file=stream)
     with progress.transfer("loading") as tell:
         found, model = run_wholes(

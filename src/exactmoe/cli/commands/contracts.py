@@ -122,7 +122,7 @@ def _diff(args: argparse.Namespace) -> int:
 
 
 def _status(args: argparse.Namespace) -> int:
-    from exactmoe.contracts.evidence import Unusable
+    from exactmoe.contracts.record import Unusable
     from exactmoe.contracts.status import markdown, statuses, table
 
     paths = args.paths or [Path("contracts")]

@@ -42,13 +42,14 @@ class Record:
     def outcome(self, node_id: str) -> Outcome | None:
         """What became of a test: failed if any of its parameters did, passed if all did that this device can run.
 
-        None if it did not run. Parameters are left out on a cpu that need a gpu; on a gpu none may be."""
+        None if it did not run. Parameters are left out on a cpu that need a gpu; on a gpu none may be, or the test has
+        not run: what others did says nothing of them."""
         passed, failed, skipped, left_out = self.tests.get(node_id, (0, 0, 0, 0))
         if failed:
             return "failed"
-        if skipped or (left_out and self.device == "gpu"):
+        if skipped:
             return "skipped"
-        return "passed" if passed else None
+        return "passed" if passed and not (left_out and self.device == "gpu") else None
 
     def changed(self, paths: Iterable[str], root: Path) -> list[str]:
         """Those of `paths`, relative to `root`, whose content is no longer what the run saw."""
