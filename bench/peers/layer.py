@@ -18,6 +18,7 @@ GroupedMM = Callable[
     [Tensor, Tensor, Tensor], Tensor
 ]  # rows [R, K], weights [E, K, N], ends of the groups [E] -> [R, N]
 _CACHE_BYTES = 50 * 2**20
+_MORE = 63  # rows drawn beyond those taken
 
 
 class Layer(NamedTuple):
@@ -45,6 +46,16 @@ def choose(layer: Layer, x: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """Weights [T, A], which sum to one, and experts [T, A]."""
     weight, expert = torch.softmax(x.float() @ layer.router.T, -1).topk(top_k, -1)
     return weight / weight.sum(-1, keepdim=True), expert
+
+
+def clear_rows(layer: Layer, x: Tensor, n: int, top_k: int) -> Tensor:
+    """The `n` rows of x [T, D] whose choice of experts is clearest, the clearest first.
+
+    Software that rounds the router's logits to bf16 takes another expert at a near tie: a fair answer, but no measure
+    of how near its sums are."""
+    logits = (x.float() @ layer.router.T).sort(-1, descending=True).values
+    gap = logits[:, top_k - 1] - logits[:, top_k]
+    return x[gap.argsort(descending=True, stable=True)[:n]]
 
 
 def run_layer(layer: Layer, x: Tensor, top_k: int, grouped_mm: GroupedMM) -> Tensor:
@@ -89,7 +100,8 @@ def rows_of(
     expert_bytes = 6 * D * F
     for T in (1, *PREFILL):
         generator = torch.Generator(device).manual_seed(T)
-        x = torch.randn(T, D, generator=generator, device=device).bfloat16()
+        drawn = torch.randn(T + _MORE, D, generator=generator, device=device).bfloat16()
+        x = clear_rows(layers[0], drawn, T, A)
         error = distance(calls[0](x[:4]), exact(layers[0], x[:4], A))
         row = PeerRow(peer, f"moe-layer-{T}", computes, version=version, error=error)
         if row.wrong:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from exactmoe.bench.clock import Times
 from exactmoe.bench.peers import hf_transformers, layer, llama_cpp, torch_grouped_mm
-from exactmoe.bench.peers.layer import Layer, distance, exact, rows_of, run_layer
+from exactmoe.bench.peers.layer import Layer, clear_rows, distance, exact, rows_of, run_layer
 from exactmoe.bench.peers.rows import NEAR, Absent, Asked, PeerRow, collect, parse
 from exactmoe.bench.peers.run import require_some
 from exactmoe.cli.main import main
@@ -62,6 +62,20 @@ def test_a_layer_with_a_mistake_is_far(small: Layer, x: Tensor, monkeypatch: pyt
     assert distance(run_layer(small, x, TOP, swapped), wanted) > NEAR
     monkeypatch.setattr(layer, "choose", not_renormalised)
     assert distance(run_layer(small, x, TOP, loop), wanted) > NEAR
+
+
+def test_the_rows_taken_are_those_whose_choice_rounding_changes_last(small: Layer) -> None:
+    x = torch.randn(40, small.gate.shape[2], generator=torch.Generator().manual_seed(3)).bfloat16()
+    taken = clear_rows(small, x, 5, 2)
+
+    def gap(row: Tensor) -> float:
+        logits = sorted((row.float() @ small.router.T).tolist())
+        return logits[-2] - logits[-3]
+
+    # One product of 40 rows and 40 of one may differ in the last bit, and no two gaps here are as close as that.
+    wanted = sorted(range(40), key=lambda i: gap(x[i]), reverse=True)[:5]
+    assert torch.equal(taken, x[wanted])
+    assert not torch.equal(taken, x[:5])
 
 
 def test_a_number_that_is_none_is_infinitely_far() -> None:
