@@ -50,14 +50,16 @@ def measured(row: Mapping[str, Any]) -> tuple[float, float, float, str] | None:
 
 
 def lines(runs: list[dict[str, Any]], names: list[str]) -> Iterator[str]:
-    """The history of each benchmark, one line a run: median, share of the roof, and whether its numbers changed."""
-    known = list(dict.fromkeys(row["name"] for run in runs for row in run["rows"]))
-    for name in known:
+    """The history of each benchmark, one line a run: median, share of the roof, and whether its numbers changed.
+
+    A run of another profile or model could not hold it, and has no line."""
+    kinds = {row["name"]: _kind(run) for run in runs for row in run["rows"]}
+    for name, kind in kinds.items():
         if names and name.split()[0] not in names:
             continue
         yield name
         before = None
-        for run in runs:
+        for run in (run for run in runs if _kind(run) == kind):
             row = next((row for row in run["rows"] if row["name"] == name), None)
             what = f"  {run['date'][:16]}  {short(run['commit']):13}  {run['activations']:6}"
             if row is None:
@@ -72,3 +74,8 @@ def lines(runs: list[dict[str, Any]], names: list[str]) -> Iterator[str]:
             said = f"{found[0]:10.2f} {found[3]}" if found else "no number"
             share = "" if row["roof"] is None else f"  {100 * row['roof']:5.1f}% of the roof"
             yield f"{what}  {said}{share}{'  numbers changed' if changed else ''}"
+
+
+def _kind(run: Mapping[str, Any]) -> tuple[str, str]:
+    """What a run is of: the profile, and the model or none."""
+    return run["activations"], run["model"]

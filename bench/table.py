@@ -46,12 +46,19 @@ def _line(run: Mapping[str, Any], row: Mapping[str, Any]) -> str:
     if found is None:
         cells = ["wrong, so it has no number", "", "", ""]
     else:
-        median, low, high, unit = found
+        median, low, high, unit = _legible(*found)
         spread = "" if low == high == median else f"{_short(low)} to {_short(high)}"
         rate = "" if row["gb_s"] is None else f"{row['gb_s']:,.0f}"
         share = "" if row["roof"] is None else f"{100 * row['roof']:.1f}%"
         cells = [f"{_short(median)} {unit}", spread, rate, share]
     return f"| {row['name']} | {' | '.join(cells)} | `{short(run['commit'])}` | {run['date'][:10]} |"
+
+
+def _legible(median: float, low: float, high: float, unit: str) -> tuple[float, float, float, str]:
+    """Times from 10,000 us on in ms."""
+    if unit != "us" or median < 10_000:
+        return median, low, high, unit
+    return median / 1000, low / 1000, high / 1000, "ms"
 
 
 def _short(value: float) -> str:

@@ -106,6 +106,16 @@ def test_another_activation_profile_is_another_benchmark(tmp_path: Path) -> None
     assert not any("numbers changed" in line for line in shown)
 
 
+def test_a_run_that_left_a_benchmark_out_says_so_and_one_of_another_kind_says_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "gpu.jsonl"
+    other = _run("b", 5, "y").replace('"qkv"', '"lm-head"')
+    third = _run("c", 5, "y").replace("q8_k", "q16_k")
+    file.write_text("\n".join([_run("a", 9, "x"), other, third]))
+    shown = list(lines(read(file), []))
+    assert [line.split()[0] for line in shown if not line.startswith(" ")] == ["qkv", "lm-head", "qkv"]
+    assert ["not run" in line for line in shown] == [False, False, True, False, True, False, False, False]
+
+
 def test_another_model_is_another_benchmark_and_memory_is_in_gib(tmp_path: Path) -> None:
     file = tmp_path / "gpu.jsonl"
     size = (
@@ -114,7 +124,7 @@ def test_another_model_is_another_benchmark_and_memory_is_in_gib(tmp_path: Path)
     file.write_text("\n".join([_run("a", 9, "x", model="big"), _run("b", 5, "y", model="small"), size]))
     shown = list(lines(read(file), ["qkv"]))
     assert [line for line in shown if not line.startswith(" ")] == ["qkv (big)", "qkv (small)"]
-    assert "21.20 GiB" in shown[3]
+    assert "21.20 GiB" in shown[2]
 
 
 @pytest.mark.parametrize("line", ["{}", "nothing", "[1]", _run("a", 9, "x").replace("roof", "rooves")])
