@@ -27,6 +27,7 @@ EXAMPLES = """examples:
   exactmoe bench --model big.gguf decode-4096 prefill-512
   exactmoe bench --model big.gguf --context 4096 --trace step.json
   exactmoe bench --model big.gguf decode-0 --compare HEAD~1
+  exactmoe bench --model big.gguf --context 70 --repeat 1000
   exactmoe bench moe-layer-1 --peer torch-grouped-mm --peer transformers
   exactmoe bench --model big.gguf decode-0 --peer llama.cpp build/bin/llama-bench
   exactmoe bench --history bench/results/nvidia-h100-80gb-hbm3.jsonl --markdown
@@ -40,6 +41,9 @@ With --model the rows are decode steps after 0, 4,096 and 32,768 positions, prom
 memory. Steps and prompts are judged by each other. A row that the model or the device is too small for is not run, and
 refused where it was asked for.
 
+With --repeat nothing is timed: one decode step runs so often after the same context, and every repeat must leave the
+same bits: logits, token, and what is appended to the cache. A CPU will do.
+
 With --peer other software does the same work in the same run: torch and transformers the MoE layer in bf16,
 transformers and llama.cpp the decoding of the --model. It has other numbers, so a layer is judged by closeness; what is
 not installed is named as absent, and nothing needs it.
@@ -48,8 +52,8 @@ With --compare the verdict is on pairs of times, this tree's over REF's: faster,
 Of a --model decode steps are compared; each side holds the model, so it must fit the device twice.
 With --trials and REF the tree itself, every faster or slower is a false alarm.
 
-exit status: 0 every row is right and none slower than REF, the README as the history says; 1 one is not; 2 the
-arguments are refused, or a row that the model is too short for; 3 no CUDA device, or too little memory
+exit status: 0 every row is right and none slower than REF, every repeat the same, the README as the history says; 1 one
+is not; 2 the arguments are refused, or a row that the model is too short for; 3 no CUDA device, or too little memory
 """
 
 
@@ -90,6 +94,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="as --context (default: 0), and write a profile of some steps to FILE",
     )
     parser.add_argument(
+        "--repeat", type=options.positive, metavar="N",
+        help="with --model: run the step after --context (default: 0) N times over, and say how many digests it has",
+    )  # fmt: skip
+    parser.add_argument(
         "--peer", nargs="+", action="append", default=[], metavar=("NAME", "PATH"),
         help="time this software too: torch-grouped-mm, transformers, or llama.cpp with the path of its llama-bench",
     )  # fmt: skip
@@ -107,6 +115,8 @@ def run(args: argparse.Namespace) -> int:
     require(args.compare is not None or of_compare, "--trials and --plant are of a --compare")
     require(not (args.peer and args.compare), "--peer is beside a run of this tree, not of a --compare")
     asked = _asked(args)
+    if args.repeat is not None:
+        return _repeat(args)
     if args.model is not None:
         return _whole(args)
     require(args.trace is None and args.context is None, "--trace and --context are of the decode step of a --model")
@@ -170,6 +180,36 @@ def _compare(args: argparse.Namespace, names: list[str], model: str | None = Non
     failed = [verdict.name for verdict in verdicts if not verdict.passed]
     print(f"{len(verdicts)} compared with {args.compare}: {len(failed)} slower, wrong or missing", file=stream)
     return 1 if failed else 0
+
+
+def _repeat(args: argparse.Namespace) -> int:
+    """One step of a model, many times over."""
+    require(args.model is not None, "--repeat is of the decode step of a --model")
+    others = args.names or args.trace or args.record or args.compare or args.peer
+    require(not others, "--repeat times nothing: no names, --trace, --record, --compare or --peer beside it")
+    require(args.repeat > 1, f"--repeat {args.repeat}: one step is no repeat")
+    context = args.context or 0
+    require(context >= 0, f"--context must be 0 or more, got {context}")
+    file, config = options.open_model(args.model)
+    longest = f"the model's context has {config.context_length} positions, so none is behind {context}"
+    require(context < config.context_length, longest)
+    from exactmoe.bench.repeats import repeats, to_dict
+    from exactmoe.kernels.launch import resolve_device
+    from exactmoe.model.capacity import needed, require_capacity
+    from exactmoe.model.weights import load_model
+
+    device = resolve_device("auto")
+    require_capacity(needed(file, config, context + 1), device, f"a step of {args.model}")
+    with progress.transfer("loading") as loading:
+        model = load_model(file, device, args.activations, progress=loading)
+    seen = repeats(model, context, args.repeat, lambda numbers: progress.track(numbers, "repeats", args.repeat))
+    stream = sys.stderr if args.json == "-" else sys.stdout
+    for found, count in seen.most_common():
+        print(f"{count:6,} times {found}", file=stream)
+    said = f"{args.repeat:,} steps after {context:,} positions, {args.activations}: {len(seen)} different"
+    print(said if len(seen) > 1 else f"{said.rpartition(':')[0]}: all the same", file=stream)
+    _write_json(args.json, to_dict(seen, context, args.activations))
+    return 0 if len(seen) == 1 else 1
 
 
 def _whole(args: argparse.Namespace) -> int:
