@@ -59,7 +59,9 @@ def lines(runs: list[dict[str, Any]], names: list[str]) -> Iterator[str]:
             continue
         yield name
         before = None
-        for run in (run for run in runs if _kind(run) == kind):
+        for run in runs:
+            if _kind(run) != kind:
+                continue
             row = next((row for row in run["rows"] if row["name"] == name), None)
             what = f"  {run['date'][:16]}  {short(run['commit']):13}  {run['activations']:6}"
             if row is None:

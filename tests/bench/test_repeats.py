@@ -86,6 +86,7 @@ def test_the_command(model_file: Path, capsys: pytest.CaptureFixture[str], monke
     ("more", "why"),
     [(["--repeat", "1"], "one step is no repeat"), (["--repeat", "2", "--context", "-1"], "got -1"),
      (["--repeat", "2", "--context", "64"], "none is behind 64"), (["decode-0", "--repeat", "2"], "no names"),
+     (["--list", "--repeat", "2"], "--list"),
      (["--repeat", "2", "--record"], "--record"), (["--repeat", "2", "--trace", "x.json"], "--trace")],
 )  # fmt: skip
 def test_the_command_refuses_before_it_loads(

@@ -185,8 +185,8 @@ def _compare(args: argparse.Namespace, names: list[str], model: str | None = Non
 def _repeat(args: argparse.Namespace) -> int:
     """One step of a model, many times over."""
     require(args.model is not None, "--repeat is of the decode step of a --model")
-    others = args.names or args.trace or args.record or args.compare or args.peer
-    require(not others, "--repeat times nothing: no names, --trace, --record, --compare or --peer beside it")
+    others = args.names or args.list or args.trace or args.record or args.compare or args.peer
+    require(not others, "--repeat times nothing: no names, --list, --trace, --record, --compare or --peer beside it")
     require(args.repeat > 1, f"--repeat {args.repeat}: one step is no repeat")
     context = args.context or 0
     require(context >= 0, f"--context must be 0 or more, got {context}")
@@ -206,8 +206,8 @@ def _repeat(args: argparse.Namespace) -> int:
     stream = sys.stderr if args.json == "-" else sys.stdout
     for found, count in seen.most_common():
         print(f"{count:6,} times {found}", file=stream)
-    said = f"{args.repeat:,} steps after {context:,} positions, {args.activations}: {len(seen)} different"
-    print(said if len(seen) > 1 else f"{said.rpartition(':')[0]}: all the same", file=stream)
+    outcome = "all the same" if len(seen) == 1 else f"{len(seen)} different"
+    print(f"{args.repeat:,} steps after {context:,} positions, {args.activations}: {outcome}", file=stream)
     _write_json(args.json, to_dict(seen, context, args.activations))
     return 0 if len(seen) == 1 else 1
 
