@@ -63,9 +63,9 @@ def test_what_a_step_would_read_behind_the_context_is_poison(model: Model, monke
     assert seen == [True, True]
 
 
-@pytest.mark.parametrize(("context", "times"), [(0, 1), (-1, 2)])
-def test_what_is_no_repeat_is_refused(model: Model, context: int, times: int) -> None:
-    with pytest.raises(InvalidInput):
+@pytest.mark.parametrize(("context", "times", "why"), [(0, 1, "one step is no repeat"), (-1, 2, "a context has 0")])
+def test_what_is_no_repeat_is_refused(model: Model, context: int, times: int, why: str) -> None:
+    with pytest.raises(InvalidInput, match=why):
         repeats(model, context, times)
 
 
