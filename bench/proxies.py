@@ -116,6 +116,9 @@ def _model(c: Config, profile: str) -> Model:
 
     def matrix(name: str, k: int, *rows: int) -> QuantMatrix:
         fmt = EXECUTABLE[q4_k_m(name, c.n_layers)]
+        if fmt.name == "Q4_K":  # as `quant_matrix`, which would touch every byte
+            codes, heads = (torch.empty(*rows, k // 256 * size, dtype=torch.uint8) for size in (128, 16))
+            return QuantMatrix(codes, fmt, rows[-1], k, heads)
         return quant_matrix(torch.empty(*rows, k // 256 * fmt.block_bytes, dtype=torch.uint8), fmt, name)
 
     def planes(weight: QuantMatrix) -> PackedMatrix:
@@ -125,7 +128,7 @@ def _model(c: Config, profile: str) -> Model:
         rows, blocks = weight.data.numel() // weight.data.shape[-1], weight.k // 256
         words, high, scales = (torch.empty(rows, blocks * n, dtype=torch.int32) for n in (32, 16, 4))
         d = torch.empty(rows, blocks, dtype=torch.float16)
-        return PackedMatrix(words, high, scales, d, weight.format, weight.n, weight.k, rows // weight.n, weight.data)
+        return PackedMatrix(words, high, scales, d, weight.format, weight.n, weight.k, rows // weight.n)
 
     def norm(width: int) -> Norm:
         return Norm(torch.empty(width), float(c.eps))

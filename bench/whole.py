@@ -217,14 +217,14 @@ def judge_load(model: Model, file: GGUFFile) -> Judged:
 
 def as_in_file(model: Model) -> Iterator[tuple[str, Tensor]]:
     """The tensors that a model holds byte for byte, by their names in the file."""
-    yield from (("token_embd.weight", model.embedding.data), ("output.weight", model.output.data),
+    yield from (("token_embd.weight", model.embedding.as_in_file()), ("output.weight", model.output.as_in_file()),
                 ("output_norm.weight", model.output_norm))  # fmt: skip
     for i, layer in enumerate(model.layers):
         for name, field in _FIELDS.items():
             part = getattr(layer, field)
-            yield f"blk.{i}.{name}.weight", part if isinstance(part, Tensor) else part.data
+            yield f"blk.{i}.{name}.weight", part if isinstance(part, Tensor) else part.as_in_file()
         for name in ("gate", "up", "down"):
-            yield f"blk.{i}.ffn_{name}_exps.weight", getattr(layer.moe, name).data
+            yield f"blk.{i}.ffn_{name}_exps.weight", getattr(layer.moe, name).as_in_file()
 
 
 def holds_what_it_should(held: int, file: GGUFFile) -> bool:

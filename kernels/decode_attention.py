@@ -55,6 +55,7 @@ class Attended(NamedTuple):
 _MAX_KEYS = 262144  # as kernels.attention
 _MAX_WIDTH = 1024  # 128 times a head's sum of int8 products stays below 2^31
 _REGISTERS = 128  # so that a program finds room beside one of the kernel before, and loads its keys early
+_LATER = tl.constexpr(5)  # tensors that are fetched ahead: four planes of weights and the router
 _AHEAD = 36  # partial sums that a thread has in flight, of two registers each
 _INTERPRETED = tl.constexpr(interpreting())
 
@@ -118,18 +119,18 @@ def decode_attention(
     words = HB * C2 // 2 + C2 // 2 + 3 * rows + 2
     words += words % 2  # what is i64 in it lies at a multiple of 8 bytes
     scratch = torch.empty(groups * tile.parts, words, dtype=torch.int32, device=qkv.device)
-    ahead = spans(later)
+    ahead, sizes_ahead = spans(later, _LATER.value)
     _decode_scores_kernel[(groups, tile.parts)](
         qkv, q_norm.weight, k_norm.weight, q_norm.eps, *rope, position, *kv,
-        scratch, scores, tops, *out, *ahead[:2], P,
-        **sizes, RT=rows, WORDS=words, ONE=one, LATER=ahead[2], LATER2=ahead[3], WARPS=tile.warps,
+        scratch, scores, tops, *out, *ahead, P,
+        **sizes, RT=rows, WORDS=words, ONE=one, LATER=sizes_ahead, WARPS=tile.warps,
         num_warps=tile.warps, num_stages=1, maxnreg=_REGISTERS, **DEPENDENT, **FAITHFUL,
     )  # fmt: skip
     if not one:
         S = sizes.pop("S")  # only the last of them has whole outputs to quantise
         _decode_values_kernel[(groups, tile.parts)](
-            position, kv.v, kv.v_scale, scores, tops, sums, *ahead[:2], P,
-            **sizes, LATER=ahead[2], LATER2=ahead[3], WARPS=tile.warps,
+            position, kv.v, kv.v_scale, scores, tops, sums, *ahead, P,
+            **sizes, LATER=sizes_ahead, WARPS=tile.warps,
             num_warps=tile.warps, num_stages=1, maxnreg=_REGISTERS, **DEPENDENT, **FAITHFUL,
         )  # fmt: skip
         _decode_combine_kernel[(triton.cdiv(heads * C2, BLOCK),)](
@@ -154,17 +155,18 @@ def keys_of_one_launch(kv: KVLayer) -> int:
 @triton.jit(do_not_specialize=["P"])
 def _decode_scores_kernel(
     qkv_ptr, q_norm_ptr, k_norm_ptr, eps, cos_ptr, sin_ptr, position_ptr, k_ptr, ks_ptr, v_ptr, vs_ptr,
-    scratch_ptr, scores_ptr, tops_ptr, out_ptr, operand_ptr, later_ptr, later2_ptr, P,
+    scratch_ptr, scores_ptr, tops_ptr, out_ptr, operand_ptr,
+    later_ptr, later2_ptr, later3_ptr, later4_ptr, later5_ptr, P,
     H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, C2: tl.constexpr, HB: tl.constexpr, RT: tl.constexpr,
     BK: tl.constexpr, PARTS: tl.constexpr, S: tl.constexpr, WORDS: tl.constexpr, ONE: tl.constexpr,
-    LATER: tl.constexpr, LATER2: tl.constexpr, WARPS: tl.constexpr,
+    LATER: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     PER: tl.constexpr = H // G
     SPLIT: tl.constexpr = (PER + HB - 1) // HB
     group, part = tl.program_id(0), tl.program_id(1)
     g = group // SPLIT
     first = group % SPLIT * HB  # of the queries of this kv head
-    later = (later_ptr, later2_ptr)
+    later = (later_ptr, later2_ptr, later3_ptr, later4_ptr, later5_ptr)
     # The step before this one wrote them, so there is nothing to wait for; the new key and value come later.
     position = tl.load(position_ptr)
     count = 1  # tiles of keys
@@ -184,7 +186,7 @@ def _decode_scores_kernel(
         issue(scratch_ptr)
         if ONE:  # last, for Triton moves it to the layout of its dot at once
             v = _load_tile(v_ptr, s, s < position, g, G, C, C2)
-            _fetch_later(later, LATER, LATER2, part * tl.num_programs(0) + group, G * SPLIT * PARTS, 32 * WARPS)
+            _fetch_later(later, LATER, part * tl.num_programs(0) + group, G * SPLIT * PARTS, 32 * WARPS)
             tl.debug_barrier()  # or the assembler would begin to take tiles apart before it has asked for all
         k_high, k_low = _slices(k)
         if not ONE:  # only now: what is asked for is in the way of keys that are waited for
@@ -259,16 +261,16 @@ def _decode_scores_kernel(
             tl.store(tops_ptr + (H + g) * PARTS + part + 0 * j, w, j == 0)
     else:
         if ONE:
-            _fetch_later(later, LATER, LATER2, part * tl.num_programs(0) + group, G * SPLIT * PARTS, 32 * WARPS)
+            _fetch_later(later, LATER, part * tl.num_programs(0) + group, G * SPLIT * PARTS, 32 * WARPS)
         finish_wait()
         release_next()
 
 
 @triton.jit
-def _fetch_later(later, LATER: tl.constexpr, LATER2: tl.constexpr, part, PARTS: tl.constexpr, THREADS: tl.constexpr):
-    """Ask for share `part`, of PARTS, of what a later kernel reads: LATER bytes and LATER2."""
-    prefetch(later[0], LATER, part, PARTS, THREADS)
-    prefetch(later[1], LATER2, part, PARTS, THREADS)
+def _fetch_later(later, LATER: tl.constexpr, part, PARTS: tl.constexpr, THREADS: tl.constexpr):
+    """Ask for share `part`, of PARTS, of what a later kernel reads: LATER bytes of each."""
+    for i in tl.static_range(_LATER):
+        prefetch(later[i], LATER[i], part, PARTS, THREADS)
 
 
 @triton.jit
@@ -523,9 +525,10 @@ def _den_at(sums_ptr, part, head, H: tl.constexpr, C: tl.constexpr, PARTS: tl.co
 
 @triton.jit(do_not_specialize=["P"])
 def _decode_values_kernel(
-    position_ptr, v_ptr, vs_ptr, scores_ptr, tops_ptr, sums_ptr, later_ptr, later2_ptr, P,
+    position_ptr, v_ptr, vs_ptr, scores_ptr, tops_ptr, sums_ptr,
+    later_ptr, later2_ptr, later3_ptr, later4_ptr, later5_ptr, P,
     H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, C2: tl.constexpr, HB: tl.constexpr,
-    BK: tl.constexpr, PARTS: tl.constexpr, LATER: tl.constexpr, LATER2: tl.constexpr, WARPS: tl.constexpr,
+    BK: tl.constexpr, PARTS: tl.constexpr, LATER: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     PER: tl.constexpr = H // G
     SPLIT: tl.constexpr = (PER + HB - 1) // HB
@@ -540,8 +543,8 @@ def _decode_values_kernel(
     active = tl.minimum(count, PARTS)
     s = part * BK + tl.arange(0, BK)
     v_high, v_low, vs = _load_values(v_ptr, vs_ptr, s, s < position, g, G, C, C2)
-    later = (later_ptr, later2_ptr)
-    _fetch_later(later, LATER, LATER2, part * tl.num_programs(0) + group, G * SPLIT * PARTS, 32 * WARPS)
+    later = (later_ptr, later2_ptr, later3_ptr, later4_ptr, later5_ptr)
+    _fetch_later(later, LATER, part * tl.num_programs(0) + group, G * SPLIT * PARTS, 32 * WARPS)
     finish_wait()
     release_next()
     if part < active:

@@ -29,28 +29,30 @@ def embed(table: QuantMatrix, tokens: Tensor) -> Tensor:
         blocks = table.k // BLOCK
         M = tiles.rows_of_blocks(T * blocks)
         _embed_kernel[(triton.cdiv(T * blocks, M),)](
-            table.data, tokens, out, T * blocks, NB=blocks, M=M,
-            BYTES=table.format.block_bytes, FORMAT=table.format.ggml_id, num_warps=4, **FAITHFUL,
+            table.data, table.heads, tokens, out, T * blocks, NB=blocks, M=M,
+            BYTES=table.data.shape[-1] // blocks, FORMAT=table.format.ggml_id, num_warps=4, **FAITHFUL,
         )  # fmt: skip
     return out
 
 
 @triton.jit(do_not_specialize=["blocks"])
 def _embed_kernel(
-    w_ptr, token_ptr, out_ptr, blocks, NB: tl.constexpr, M: tl.constexpr, BYTES: tl.constexpr, FORMAT: tl.constexpr
-):
+    w_ptr, head_ptr, token_ptr, out_ptr, blocks,
+    NB: tl.constexpr, M: tl.constexpr, BYTES: tl.constexpr, FORMAT: tl.constexpr,
+):  # fmt: skip
     b = tl.program_id(0) * M + tl.arange(0, M)
     live = b < blocks
     # Row and block are scaled apart: of (token*NB + b%NB) * 210 the compiler takes too large an alignment for granted.
-    row_ptr = w_ptr + tl.load(token_ptr + b // NB, live, 0).to(tl.int64) * (NB * BYTES)
-    block_ptr = row_ptr + (b % NB) * BYTES
+    token = tl.load(token_ptr + b // NB, live, 0).to(tl.int64)
+    block_ptr = w_ptr + token * (NB * BYTES) + (b % NB) * BYTES
     out = out_ptr + b.to(tl.int64)[:, None, None] * 256
     if FORMAT == _Q4_K:
         low, high = load_codes_q4_k(block_ptr, live)
         k = tl.reshape(low_k_q4_k(), [1, 4, 32])
-        sc, mn = load_scales_q4_k(block_ptr, live)
-        scale_low, scale_high = split_halves_q4_k(load_f16(block_ptr, live)[:, None] * sc.to(tl.float32))
-        min_low, min_high = split_halves_q4_k(load_f16(block_ptr + 2, live)[:, None] * mn.to(tl.float32))
+        head_ptr = head_ptr + token * (NB * 16) + (b % NB) * 16
+        sc, mn = load_scales_q4_k(head_ptr, live)
+        scale_low, scale_high = split_halves_q4_k(load_f16(head_ptr, live)[:, None] * sc.to(tl.float32))
+        min_low, min_high = split_halves_q4_k(load_f16(head_ptr + 2, live)[:, None] * mn.to(tl.float32))
         tl.store(out + k, scale_low * low.to(tl.float32) - min_low, live[:, None, None])
         tl.store(out + k + HIGH_Q4_K, scale_high * high.to(tl.float32) - min_high, live[:, None, None])
     else:

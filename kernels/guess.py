@@ -19,28 +19,32 @@ from exactmoe.kernels.router import expert_of_rank
 from exactmoe.kernels.tensors import require_f32
 
 _INTERPRETED = tl.constexpr(interpreting())
+_PLANES = tl.constexpr(12)  # of three matrices
 
 
 class Guess(NamedTuple):
-    """The `top_k` experts with the largest of `logits` are likely to be read from `gate` and `up`."""
+    """The `top_k` experts with the largest of `logits` are likely to be read from `matrices`, in their order."""
 
     logits: Tensor  # [E] f32
-    gate: PackedMatrix
-    up: PackedMatrix
+    matrices: tuple[PackedMatrix, ...]  # at most three
     top_k: int
 
 
 def guess_arguments(guess: Guess | None) -> tuple[tuple[Tensor | None, ...], dict[str, object]]:
     """What a kernel that calls `fetch_guess` is given: its pointers, and its constants by name."""
     if guess is None:
-        return (None,) * 9, {"LATER": (0,) * 8, "E": 0, "E2": 0, "A": 0}
-    E = guess.gate.experts
-    require_f32(guess.logits, "guess", E)
-    require(guess.up.experts == E, f"gate is of {E} experts, up of {guess.up.experts}")
+        return (None,) * (1 + _PLANES.value), {"LATER": (0,) * _PLANES.value, "E": 0, "E2": 0, "A": 0}
+    require_f32(guess.logits, "guess", None)
+    E = guess.logits.shape[0]
+    for w in guess.matrices:
+        require(w.experts == E, f"a guess of {E} experts, and a matrix of {w.experts}")
     require(1 <= guess.top_k <= E, f"top_k must be 1 to the {E} experts, got {guess.top_k}")
-    return (guess.logits, *guess.gate.planes, *guess.up.planes), {
-        "LATER": (*guess.gate.plane_bytes, *guess.up.plane_bytes),
-        "E": E, "E2": triton.next_power_of_2(E), "A": guess.top_k,
+    planes = [plane for w in guess.matrices for plane in w.planes]
+    sizes = [size for w in guess.matrices for size in w.plane_bytes]
+    none = _PLANES.value - len(planes)
+    require(none >= 0, f"a guess of at most three matrices, got {len(guess.matrices)}")
+    return (guess.logits, *planes, *(None,) * none), {
+        "LATER": (*sizes, *(0,) * none), "E": E, "E2": triton.next_power_of_2(E), "A": guess.top_k,
     }  # fmt: skip
 
 
@@ -59,7 +63,7 @@ def fetch_guess(
             logit = tl.load(pointers[0] + e, e < E, float("-inf"))
             key = tl.where(e < E, (ordered(logit) >> 1) + 0x40000000, -1)  # not negative, and good enough for a guess
             expert = tl.max(expert_of_rank(key, pid % A)).to(tl.int64)
-            for plane in tl.static_range(8):
+            for plane in tl.static_range(_PLANES):
                 if BYTES[plane] > 0:
                     byte_ptr = pointers[1 + plane].to(tl.pointer_type(tl.int8), bitcast=True) + expert * BYTES[plane]
                     prefetch(byte_ptr, BYTES[plane], pid // A, parts, 32 * WARPS)

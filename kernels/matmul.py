@@ -80,10 +80,10 @@ def _launch(
     cols = min(tile.cols, max(16, triton.next_power_of_2(weight.n)))
     grid = (row_tiles, triton.cdiv(weight.n, cols))
     _matmul_kernel[grid](
-        weight.data, x.q, x.scale, x.group_sum, y,
+        weight.data, weight.heads, x.q, x.scale, x.group_sum, y,
         dispatch.order if dispatch else None, dispatch.offset if dispatch else None,
         rows, x.q.shape[1], N=weight.n, NB=weight.k // BLOCK,
-        BYTES=weight.format.block_bytes, FORMAT=weight.format.ggml_id,
+        BYTES=weight.data.shape[-1] * BLOCK // weight.k, FORMAT=weight.format.ggml_id,
         E=E, E2=triton.next_power_of_2(E) if E else 0, PER=rows_per_activation, S=x.q.shape[0],
         BM=tile.rows, BN=cols, num_warps=tile.warps, **FAITHFUL,
     )  # fmt: skip
@@ -91,7 +91,7 @@ def _launch(
 
 @triton.jit(do_not_specialize=["rows", "T"])
 def _matmul_kernel(
-    w_ptr, q_ptr, scale_ptr, sum_ptr, y_ptr,
+    w_ptr, head_ptr, q_ptr, scale_ptr, sum_ptr, y_ptr,
     order_ptr, offset_ptr,
     rows, T, N: tl.constexpr, NB: tl.constexpr, BYTES: tl.constexpr, FORMAT: tl.constexpr,
     E: tl.constexpr, E2: tl.constexpr, PER: tl.constexpr, S: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -110,7 +110,10 @@ def _matmul_kernel(
         row = tl.load(order_ptr + slot, live_m, 0)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     live_n = n < N
-    block_ptr = w_ptr + (n + expert * N).to(tl.int64) * (NB * BYTES)
+    first_block = (n + expert * N).to(tl.int64) * NB
+    block_ptr = w_ptr + first_block * BYTES
+    if FORMAT == _Q4_K:
+        head_ptr = head_ptr + first_block * 16
     act = row // PER
     x_ptr = q_ptr + act.to(tl.int64) * (NB * 256)
     bs_ptr = sum_ptr + act.to(tl.int64) * (NB * 16)
@@ -118,7 +121,9 @@ def _matmul_kernel(
     for i in range(NB):
         xd = tl.load(scale_ptr + act * NB + i, live_m, 0.0)[None, :]
         if FORMAT == _Q4_K:
-            p = _q4_k_product(block_ptr, live_n, x_ptr, bs_ptr, live_m, T * (NB * 256), T * (NB * 16), xd, S)
+            p = _q4_k_product(
+                block_ptr, head_ptr + i * 16, live_n, x_ptr, bs_ptr, live_m, T * (NB * 256), T * (NB * 16), xd, S
+            )
         else:
             p = _q6_k_product(block_ptr, live_n, x_ptr, live_m, T * (NB * 256), xd, S)
         acc = acc + p
@@ -144,11 +149,11 @@ def _expert_tile(pid, offset_ptr, E: tl.constexpr, E2: tl.constexpr, BM: tl.cons
 
 
 @triton.jit
-def _q4_k_product(block_ptr, live_n, x_ptr, bs_ptr, live_m, q_stride, sum_stride, xd, S: tl.constexpr):
+def _q4_k_product(code_ptr, head_ptr, live_n, x_ptr, bs_ptr, live_m, q_stride, sum_stride, xd, S: tl.constexpr):
     """P [N, M] of one block: xd * (d*S - dmin*T)."""
-    N: tl.constexpr = block_ptr.shape[0]
-    low, high = load_codes_q4_k(block_ptr, live_n)
-    sc, mn = load_scales_q4_k(block_ptr, live_n)
+    N: tl.constexpr = code_ptr.shape[0]
+    low, high = load_codes_q4_k(code_ptr, live_n)
+    sc, mn = load_scales_q4_k(head_ptr, live_n)
     sc_low, sc_high = split_halves_q4_k(sc)
     w_low = tl.reshape(((low - 8) * sc_low).to(tl.float16), [N, 128])
     w_high = tl.reshape(((high - 8) * sc_high).to(tl.float16), [N, 128])
@@ -161,8 +166,8 @@ def _q4_k_product(block_ptr, live_n, x_ptr, bs_ptr, live_m, q_stride, sum_stride
         s_lo, t_lo = _q4_k_sums(w_low, w_high, sc16, mn16, x_ptr + q_stride, bs_ptr + sum_stride, k, live_m)
         s = 128.0 * s + s_lo
         t = 128.0 * t + t_lo
-    d = load_f16(block_ptr, live_n)[:, None]
-    dmin = load_f16(block_ptr + 2, live_n)[:, None]
+    d = load_f16(head_ptr, live_n)[:, None]
+    dmin = load_f16(head_ptr + 2, live_n)[:, None]
     return xd * (d * s - dmin * t)
 
 

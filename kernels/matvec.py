@@ -33,6 +33,7 @@ from exactmoe.kernels.packed import (
     scales_of,
     store_operand,
 )
+from exactmoe.kernels.prefetch import prefetch, spans
 from exactmoe.kernels.tensors import require_f32, slices
 
 _REGISTERS = 128  # for two formats, or the next kernel would find no room beside this one
@@ -52,11 +53,12 @@ def matvec(
     norm: Norm | None = None,
     residual: Tensor | None = None,
     guess: Guess | None = None,
+    later: Sequence[Tensor] = (),
 ) -> Tensor:
     """y [sum N] of one or two matrices over the row x [K], normed first where asked, plus `residual` [sum N].
 
-    In place of the row there may be its operand, i32, which another kernel has made; then there is no norm, and `guess`
-    is fetched ahead. Bit-equal to parity.reference.matvec.matvec."""
+    In place of the row there may be its operand, i32, which another kernel has made; then there is no norm. A `guess`
+    is fetched ahead, or up to four tensors that the next kernel reads. Bit-equal to parity.reference.matvec.matvec."""
     require(1 <= len(weights) <= 2, f"one or two matrices, got {len(weights)}")
     K = weights[0].k
     for w in weights:
@@ -79,11 +81,15 @@ def matvec(
     counts = [triton.cdiv(w.n, tile.rows * tile.tiles) for w in weights]
     programs = min(sum(counts), tile.programs) if len(weights) == 1 else sum(counts)
     words = 0 if ready else operand_stride(K, slices(profile))
-    guessed, sizes = guess_arguments(guess)
+    ahead, sizes = guess_arguments(guess)
+    if later:
+        require(guess is None, "either a guess is fetched ahead, or other tensors")
+        tensors, nbytes = spans(later, 4)
+        ahead, sizes["LATER"] = (None, *tensors, *ahead[5:]), (*nbytes, *(0,) * (len(ahead) - 5))
     scratch = torch.empty(programs, words, dtype=torch.int32, device=x.device) if words else None
     _matvec_kernel[(programs,)](
         x, norm.weight if norm else None, norm.eps if norm else 0.0, residual, y, scratch,
-        *first.planes, *last.planes, *guessed,
+        *first.planes, *last.planes, *ahead,
         NB=K // BLOCK, NB2=triton.next_power_of_2(K // BLOCK), N=first.n, N2=last.n if len(weights) == 2 else 0,
         FORMAT=first.format.ggml_id, FORMAT2=last.format.ggml_id, S=slices(profile), WORDS=words,
         READY=ready, BN=tile.rows, PARTS=parts, TILES=tile.tiles, LOOP=programs < sum(counts), AHEAD=tile.ahead,
@@ -317,6 +323,7 @@ def _matvec_kernel(
     x_ptr, norm_ptr, eps, residual_ptr, y_ptr, scratch_ptr,
     words_ptr, high_ptr, scales_ptr, d_ptr, words2_ptr, high2_ptr, scales2_ptr, d2_ptr,
     guess_ptr, later_ptr, later2_ptr, later3_ptr, later4_ptr, later5_ptr, later6_ptr, later7_ptr, later8_ptr,
+    later9_ptr, later10_ptr, later11_ptr, later12_ptr,
     NB: tl.constexpr, NB2: tl.constexpr, N: tl.constexpr, N2: tl.constexpr,
     FORMAT: tl.constexpr, FORMAT2: tl.constexpr, S: tl.constexpr, WORDS: tl.constexpr, READY: tl.constexpr,
     BN: tl.constexpr, PARTS: tl.constexpr, TILES: tl.constexpr, LOOP: tl.constexpr, AHEAD: tl.constexpr,
@@ -327,7 +334,11 @@ def _matvec_kernel(
     planes = (words_ptr, high_ptr, scales_ptr, d_ptr)
     later = (
         guess_ptr, later_ptr, later2_ptr, later3_ptr, later4_ptr, later5_ptr, later6_ptr, later7_ptr, later8_ptr,
+        later9_ptr, later10_ptr, later11_ptr, later12_ptr,
     )  # fmt: skip
+    if A == 0:  # before the weights, for the next kernel reads them before its wait
+        for i in tl.static_range(4):
+            prefetch(later[1 + i], LATER[i], pid, PROGRAMS, 32 * WARPS)
     at_ptr = x_ptr
     if not READY:
         at_ptr = scratch_ptr + pid * WORDS

@@ -1,10 +1,10 @@
 """Quantised weights and one activation row as integer dots read them: four bytes to an i32, products by dp4a.
 
-Weights: Q4_K as the file holds it, whose blocks are nine 16-byte words. Q6_K blocks of 210 bytes cannot be read in wide
-words, so they are taken apart at load, losslessly, into planes: low bits as in the file, and in the order of the eight
-lanes that take 16 bytes of them each, high bits, scales, d. Of a lane's high bits the first word goes with its low
-nibbles and the second with its high ones: two bits of byte 4j+i in byte i, 2j places up. The upper of the two is
-flipped: then code and high bits, two places up, are the signed byte 4 * (q - 32).
+Weights lie in planes, or blocks of 144 and 210 bytes could not be read in wide words and whole lines. Q4_K: codes and
+heads, as every kernel takes them. Q6_K, taken apart once more at load, losslessly: low bits as in the file, and in the
+order of the eight lanes that take 16 bytes of them each, high bits, scales, d. Of a lane's high bits the first word
+goes with its low nibbles and the second with its high ones: two bits of byte 4j+i in byte i, 2j places up. The upper of
+the two is flipped: then code and high bits, two places up, are the signed byte 4 * (q - 32).
 
 Activations: an `operand`, i32 [S * 68 * NB + NB] for NB blocks and S slices. A slice holds
     64 words a block    the codes, in order
@@ -38,20 +38,24 @@ _TOP_PAIRS = tl.constexpr(-0x3F3F3F40)  # 0xC0C0C0C0
 class PackedMatrix(NamedTuple):
     """Rows of quantised weights, of one matrix or of E experts' (R = E * n rows), in the planes of their format."""
 
-    words: Tensor  # Q4_K: the file's blocks, i32 [R, NB*36]; Q6_K: low bits, i32 [R, NB*32]
-    high: Tensor | None  # Q6_K: high bits, i64 [R, NB*8]
+    words: Tensor  # Q4_K: codes, Q6_K: low bits, i32 [R, NB*32]
+    high: Tensor  # Q4_K: heads, i32 [R, NB*4]; Q6_K: high bits, i64 [R, NB*8]
     scales: Tensor | None  # Q6_K: scales, i16 [R, NB*8]
     d: Tensor | None  # Q6_K: d, f16 [R, NB]
     format: QuantFormat
     n: int  # output features
     k: int  # input features
     experts: int
-    storage: Tensor  # all planes, one behind the other
 
     @property
-    def planes(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    def planes(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """What a kernel is given."""
         return self[:4]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The planes that there are."""
+        return [plane for plane in self.planes if plane is not None]
 
     @property
     def plane_bytes(self) -> tuple[int, int, int, int]:
@@ -64,12 +68,11 @@ def pack(weight: QuantMatrix) -> PackedMatrix:
     """`weight` in planes; Q4_K shares the memory of `weight`."""
     executable_format(weight.format.name, "weight")
     n, k, blocks = weight.n, weight.k, weight.k // BLOCK
-    rows = weight.data.numel() // (blocks * weight.format.block_bytes)
+    rows = weight.data.numel() // weight.data.shape[-1]
     experts = rows // n if n else 1
-    if weight.format.name == "Q4_K":
-        require(weight.data.data_ptr() % 16 == 0, "Q4_K weights must start at a multiple of 16 bytes")
-        words = weight.data.view(rows, -1).view(torch.int32)
-        return PackedMatrix(words, None, None, None, weight.format, n, k, experts, words)
+    if weight.heads is not None:
+        words, heads = (part.view(rows, -1).view(torch.int32) for part in (weight.data, weight.heads))
+        return PackedMatrix(words, heads, None, None, weight.format, n, k, experts)
     block = weight.data.view(rows, blocks, weight.format.block_bytes)
     storage = torch.empty(block.numel(), dtype=torch.uint8, device=block.device)
     low, high, scales, d = storage.split([rows * blocks * size for size in (128, 64, 16, 2)])
@@ -79,7 +82,7 @@ def pack(weight: QuantMatrix) -> PackedMatrix:
         high.view(rows, -1).view(torch.int64),
         _plane(scales, block[..., 192:208].unflatten(2, (2, 2, 2, 2)).permute(0, 1, 2, 4, 5, 3), torch.int16),
         _plane(d, block[..., 208:], torch.float16),
-        weight.format, n, k, experts, storage,
+        weight.format, n, k, experts,
     )  # fmt: skip
 
 
@@ -201,14 +204,23 @@ def load_block(planes, start, live, b: tl.constexpr, FORMAT: tl.constexpr, EVEN:
     u = tl.arange(0, 8)[None, :]
     live = live[:, None]
     if FORMAT == Q4_K:
-        return (_load((planes[0] + start * 36 + b * 36)[:, None] + 4 + i, live, EVEN),)
+        return (_stream((planes[0] + start * 32 + b * 32)[:, None] + i, live, EVEN),)
     else:
         at = (start + b)[:, None]
         return (
-            _load(planes[0] + at * 32 + i, live, EVEN),
-            _load(planes[1] + at * 8 + u, live, EVEN),
-            _load(planes[2] + at * 8 + u, live, EVEN),
+            _stream(planes[0] + at * 32 + i, live, EVEN),
+            _stream(planes[1] + at * 8 + u, live, EVEN),
+            _stream(planes[2] + at * 8 + u, live, EVEN),
         )
+
+
+@triton.jit
+def _stream(ptr, live, EVEN: tl.constexpr):
+    """What is read once: the caches had better keep what is read again, or was asked for ahead."""
+    if EVEN:
+        return tl.load(ptr, eviction_policy="evict_first")
+    else:
+        return tl.load(ptr, live, 0, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -230,14 +242,14 @@ def _words(x):
 
 @triton.jit
 def load_end(planes, start, n, b: tl.constexpr, N, STEP, TILES, NB, FORMAT: tl.constexpr, EVEN: tl.constexpr):
-    """What a block has once: the first four words of Q4_K, d of Q6_K.
+    """What a block has once: the head of Q4_K, d of Q6_K.
 
     Lane t has it of tile t, whose rows `n` [M], and those of its blocks `start` [M], lie STEP rows of NB blocks behind
     those of the tile before; lanes without a tile have that of the last."""
     if FORMAT == Q4_K:
         i = tl.arange(0, 32)[None, :]
         row = tl.minimum(i // 4, TILES - 1) * STEP
-        words_ptr = planes[0] + (start[:, None] + row * NB + b) * 36 + i % 4
+        words_ptr = planes[1] + (start[:, None] + row * NB + b) * 4 + i % 4
         return _load(words_ptr, n[:, None] + row < N, EVEN)
     else:
         row = tl.minimum(tl.arange(0, 8)[None, :], TILES - 1) * STEP

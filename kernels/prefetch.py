@@ -15,13 +15,13 @@ _INTERPRETED = tl.constexpr(interpreting())
 _LINE = tl.constexpr(128)
 
 
-def spans(later: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None, int, int]:
-    """Up to two contiguous tensors as a kernel takes them: both, and their bytes."""
-    require(len(later) <= 2, f"at most two tensors are fetched ahead, got {len(later)}")
+def spans(later: Sequence[Tensor], most: int) -> tuple[tuple[Tensor | None, ...], tuple[int, ...]]:
+    """Up to `most` contiguous tensors as a kernel takes them: `most` of them, and their bytes."""
+    require(len(later) <= most, f"at most {most} tensors are fetched ahead, got {len(later)}")
     for tensor in later:
         require(tensor.is_contiguous(), "what is fetched ahead must be contiguous")
-    first, second = (*later, None, None)[:2]
-    return first, second, 0 if first is None else first.nbytes, 0 if second is None else second.nbytes
+    none = most - len(later)
+    return (*later, *(None,) * none), (*(tensor.nbytes for tensor in later), *(0,) * none)
 
 
 @triton.jit
@@ -31,8 +31,10 @@ def prefetch(ptr, BYTES: tl.constexpr, part, PARTS: tl.constexpr, THREADS: tl.co
         lines: tl.constexpr = (BYTES + _LINE - 1) // _LINE
         share: tl.constexpr = (lines + PARTS - 1) // PARTS
         for i in tl.static_range(0, share, THREADS):
-            line = tl.minimum(part * share + i + tl.arange(0, THREADS), lines - 1)
-            _ask(ptr.to(tl.pointer_type(tl.int8), bitcast=True) + line.to(tl.int64) * _LINE)
+            own = i + tl.arange(0, THREADS)
+            line = part * share + own
+            byte_ptr = ptr.to(tl.pointer_type(tl.int8), bitcast=True)
+            _ask(byte_ptr + line.to(tl.int64) * _LINE, (own < share) & (line < lines))
 
 
 @triton.jit
@@ -41,12 +43,13 @@ def prefetch_rows(ptr, s, last, g, G: tl.constexpr, C: tl.constexpr):
     if not _INTERPRETED:
         row_ptr = ptr + (tl.minimum(s, last).to(tl.int64) * G + g) * C
         for at in tl.static_range(0, C, _LINE // 2):
-            _ask(row_ptr + at)
+            _ask(row_ptr + at, s >= 0)
 
 
 @triton.jit
-def _ask(ptr):
-    """Ask for the lines at `ptr`."""
+def _ask(ptr, live):
+    """Ask for the lines at `ptr`, where `live`."""
     tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; // dummy $0", "=r,l", [ptr.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-    )
+        "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p prefetch.global.L2 [$1]; } // dummy $0", "=r,l,r",
+        [ptr.to(tl.int64), live.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip

@@ -501,7 +501,7 @@ def _decode_ops(
     kv, rope = KVLayer(k, f32(P, G), v, f32(P, G)), RopeTable(f32(P, C // 2), f32(P, C // 2))
     dense = packed("Q4_K", H * C, D)
     router = RouterWeight(torch.empty(E, D, dtype=torch.int32), f32(E))
-    later = (dense.storage, router.q)
+    later = (*dense.tensors, router.q)
     yield partial(choose, f32(37 * V), one, one)  # in parts
     gate = packed("Q4_K", D, E, F)
     for profile in PROFILES:
@@ -512,7 +512,7 @@ def _decode_ops(
         yield partial(decode_attention, *read, 128)
         for x in (f32(H * C), torch.empty(operand_words(H * C, slices(profile)), dtype=torch.int32)):
             yield partial(matvec, [dense], x, profile, None, f32(D))
-        yield partial(matvec, [dense], x, profile, None, f32(D), Guess(f32(E), gate, gate, A))
+        yield partial(matvec, [dense], x, profile, None, f32(D), Guess(f32(E), (gate, gate, gate), A))
         yield partial(matvec, [packed("Q6_K", D, 37 * V)], f32(D), profile, norm)
         yield partial(decode_router, f32(D), norm, router, profile)
         yield partial(decode_router, f32(D), norm, router, profile, NextLayer(norm, router))

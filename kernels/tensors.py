@@ -13,12 +13,29 @@ PROFILES = ("q8_k", "q16_k")
 
 
 class QuantMatrix(NamedTuple):
-    """Weights as the file holds them: rows of blocks, never expanded."""
+    """Quantised weights, never expanded: rows of blocks as the file holds them, but Q4_K in two planes.
 
-    data: Tensor  # [..., N, K / 256 * block_bytes] u8
+    A Q4_K block is 16 bytes of scales, its head, before 128 of codes. Apart, codes are whole lines of memory, and a
+    load of them touches no line that another one needs."""
+
+    data: Tensor  # [..., N, K / 256 * block_bytes] u8; of Q4_K the codes, [..., N, K / 256 * 128]
     format: QuantFormat
     n: int  # output features
     k: int  # input features
+    heads: Tensor | None = None  # of Q4_K, [..., N, K / 256 * 16] u8, behind the codes in memory
+
+    def rows(self, first: int, count: int) -> "QuantMatrix":
+        """`count` rows of a matrix from `first` on, where they lie."""
+        heads = None if self.heads is None else self.heads[first : first + count]
+        return self._replace(data=self.data[first : first + count], n=count, heads=heads)
+
+    def as_in_file(self) -> Tensor:
+        """The rows as the file has them, u8 [..., N, K / 256 * block_bytes]: a copy of Q4_K, else `data` itself."""
+        if self.heads is None:
+            return self.data
+        blocks = self.k // BLOCK
+        parts = (part.unflatten(-1, (blocks, -1)) for part in (self.heads, self.data))
+        return torch.cat([*parts], dim=-1).flatten(-2)
 
 
 class Activations(NamedTuple):
@@ -36,7 +53,9 @@ def slices(profile: str) -> int:
 
 
 def quant_matrix(data: Tensor, fmt: QuantFormat, name: str) -> QuantMatrix:
-    """Wrap u8 `data` [..., N, row_bytes]; raises InvalidInput naming `name` when the bytes do not fit the format."""
+    """The matrix whose rows the file holds as u8 `data` [..., N, row_bytes]: a copy of Q4_K, else around `data`.
+
+    Raises InvalidInput naming `name` when the bytes do not fit the format."""
     require(data.dtype == torch.uint8, f"{name}: quantised weights must be u8, got {data.dtype}")
     require(data.ndim >= 2, f"{name}: quantised weights need at least 2 dimensions, got {data.ndim}")
     require(data.is_contiguous(), f"{name}: quantised weights must be contiguous")
@@ -45,7 +64,15 @@ def quant_matrix(data: Tensor, fmt: QuantFormat, name: str) -> QuantMatrix:
         row > 0 and row % fmt.block_bytes == 0,
         f"{name}: a row of {row} bytes is not a whole number of {fmt.name} blocks of {fmt.block_bytes} bytes",
     )
-    return QuantMatrix(data, fmt, data.shape[-2], row // fmt.block_bytes * BLOCK)
+    n, blocks = data.shape[-2], row // fmt.block_bytes
+    if fmt.name != "Q4_K":
+        return QuantMatrix(data, fmt, n, blocks * BLOCK)
+    count = data.numel() // fmt.block_bytes
+    codes, heads = torch.empty_like(data.view(-1)).split([count * 128, count * 16])
+    for plane, part in ((heads, data.view(count, -1)[:, :16]), (codes, data.view(count, -1)[:, 16:])):
+        plane.view(count, -1).copy_(part)
+    rows = data.shape[:-1]
+    return QuantMatrix(codes.view(*rows, -1), fmt, n, blocks * BLOCK, heads.view(*rows, -1))
 
 
 def require_f32(x: Tensor, name: str, *shape: int | None) -> None:

@@ -79,12 +79,17 @@ class Decoder:
         While attention leaves the memory idle, what comes later is fetched."""
         model, cache, layers = self._model, self._cache, self._model.packed.layers
         layer, top_k = layers[i], model.config.n_active
-        qkv = matvec(layer.qkv, x, model.profile, layer.attn_norm)
-        later = (layer.attn_output.storage, layer.router.q)
+        kv = cache.layer(i)
+        # Many keys keep the memory busy: what is asked for ahead would hold them up.
+        few = most <= keys_of_one_launch(kv)
+        soon = [part[:most] for part in kv] if few else []
+        qkv = matvec(layer.qkv, x, model.profile, layer.attn_norm, later=soon)
+        later = (*layer.attn_output.tensors, layer.router.q)
         heads, operand = decode_attention(
-            qkv, layer.q_norm, layer.k_norm, cache.rope, cache.layer(i), self._position, model.profile, later, most
+            qkv, layer.q_norm, layer.k_norm, cache.rope, kv, self._position, model.profile, later, most
         )
-        ahead = None if guess is None or operand is None else Guess(guess, layer.gate, layer.up, top_k)
+        guessed = (layer.gate, layer.up, layer.down) if few else (layer.gate, layer.up)
+        ahead = None if guess is None or operand is None else Guess(guess, guessed, top_k)
         row = heads if operand is None else operand
         x = matvec([layer.attn_output], row, model.profile, residual=x, guess=ahead)
         after = NextLayer(layers[i + 1].ffn_norm, layers[i + 1].router) if i + 1 < len(layers) else None

@@ -39,10 +39,10 @@ def moe_weights(router: Tensor, gate: QuantMatrix, up: QuantMatrix, down: QuantM
     E, D = router.shape
     F = gate.n
     for name, w, n, k in (("gate", gate, F, D), ("up", up, F, D), ("down", down, D, F)):
-        row = k // 256 * w.format.block_bytes
+        found = (*w.data.shape[:-1], w.k)
         require(
-            tuple(w.data.shape) == (E, n, row) and (w.n, w.k) == (n, k),
-            f"{name} experts of {E} x {n} x {k} {w.format.name} need {[E, n, row]} bytes, got {list(w.data.shape)}",
+            found == (E, n, k) and w.n == n,
+            f"{name} experts must be {E} x {n} x {k} of {w.format.name}, got {' x '.join(map(str, found))}",
         )
     return MoeWeights(prepare_router(router), gate, up, down)
 

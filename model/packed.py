@@ -1,4 +1,4 @@
-"""Weights of the decode step: the model's own bytes where they can be read in wide words, else planes of them."""
+"""Weights of the decode step: the model's own planes of Q4_K, others of Q6_K."""
 
 from typing import NamedTuple
 

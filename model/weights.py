@@ -1,4 +1,4 @@
-"""Weights of a model on a device: quantised bytes as the file holds them, norms in f32, routers in fixed point."""
+"""Weights of a model on a device: quantised as kernels.tensors holds them, norms in f32, routers in fixed point."""
 
 import warnings
 from collections.abc import Callable
@@ -81,11 +81,11 @@ def load_model(
             progress(done, total)
         return from_file(file, name)
 
-    def floats(name: str) -> Tensor:
+    def on_device(name: str) -> Tensor:
         return on_host(name).to(device)
 
     def matrix(name: str) -> QuantMatrix:
-        return quant_matrix(floats(name), executable_format(file.tensors[name].type_name, name), name)
+        return quant_matrix(on_device(name), executable_format(file.tensors[name].type_name, name), name)
 
     def stack(*names: str) -> list[QuantMatrix]:
         """Matrices of one width, those of one format one below the other in memory; the stacks, then the matrices."""
@@ -93,30 +93,29 @@ def load_model(
         runs = [list(run) for _, run in groupby(range(len(names)), key=types.__getitem__)]
         stacks, parts = [], []
         for run in runs:
-            rows = [on_host(names[i]) for i in run]
+            rows = [on_device(names[i]) for i in run]
             fmt = executable_format(types[run[0]], names[run[0]])
-            whole = torch.empty(sum(map(len, rows)), rows[0].shape[1], dtype=torch.uint8, device=device)
-            stacks.append(quant_matrix(whole, fmt, " and ".join(names[i] for i in run)))
-            parts_of = torch.split(whole, [len(r) for r in rows])
-            for i, part, found in zip(run, parts_of, rows, strict=True):
-                part.copy_(found)
-                parts.append(quant_matrix(part, fmt, names[i]))
+            stacks.append(quant_matrix(torch.cat(rows), fmt, " and ".join(names[i] for i in run)))
+            first = 0
+            for found in rows:
+                parts.append(stacks[-1].rows(first, len(found)))
+                first += len(found)
         return [*parts, *stacks]
 
     def layer(i: int) -> tuple[Layer, PackedLayer]:
         b = f"blk.{i}."
         q, k, v, *stacks = stack(b + "attn_q.weight", b + "attn_k.weight", b + "attn_v.weight")
         found = Layer(
-            attn_norm=floats(b + "attn_norm.weight"),
+            attn_norm=on_device(b + "attn_norm.weight"),
             q=q,
             k=k,
             v=v,
-            q_norm=floats(b + "attn_q_norm.weight"),
-            k_norm=floats(b + "attn_k_norm.weight"),
+            q_norm=on_device(b + "attn_q_norm.weight"),
+            k_norm=on_device(b + "attn_k_norm.weight"),
             attn_output=matrix(b + "attn_output.weight"),
-            ffn_norm=floats(b + "ffn_norm.weight"),
+            ffn_norm=on_device(b + "ffn_norm.weight"),
             moe=moe_weights(
-                floats(b + "ffn_gate_inp.weight"),
+                on_device(b + "ffn_gate_inp.weight"),
                 matrix(b + "ffn_gate_exps.weight"),
                 matrix(b + "ffn_up_exps.weight"),
                 matrix(b + "ffn_down_exps.weight"),
@@ -137,7 +136,7 @@ def load_model(
 
     eps = float(config.eps)
     layers = [layer(i) for i in range(config.n_layers)]
-    output_norm, output = floats("output_norm.weight"), matrix("output.weight")
+    output_norm, output = on_device("output_norm.weight"), matrix("output.weight")
     return Model(
         config=config,
         profile=activations,

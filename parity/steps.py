@@ -285,7 +285,7 @@ class TritonSteps(_Chain):
     def resident(self, tensor: str) -> Array | None:
         parts = [(layer, layer.moe) for layer in self.model.layers]
         part = _by_tensor(self.model, parts, tensor)
-        return None if part is None or not hasattr(part, "format") else self.array(part.data)
+        return None if part is None or not hasattr(part, "format") else self.array(part.as_in_file())
 
 
 def load_steps(file: "GGUFFile", backend: str, profile: str, device: str) -> "Steps":

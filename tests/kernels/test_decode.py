@@ -10,6 +10,7 @@ from exactmoe.kernels.argmax import argmax, choose
 from exactmoe.kernels.decode_attention import decode_attention, keys_of_one_launch
 from exactmoe.kernels.decode_router import NextLayer, decode_router
 from exactmoe.kernels.errors import InvalidInput
+from exactmoe.kernels.formats import EXECUTABLE
 from exactmoe.kernels.guess import Guess
 from exactmoe.kernels.kv_cache import KVLayer
 from exactmoe.kernels.matmul import matmul
@@ -19,6 +20,7 @@ from exactmoe.kernels.prefetch import spans
 from exactmoe.kernels.quantize import quantize
 from exactmoe.kernels.rope import RopeTable
 from exactmoe.kernels.router import RouterWeight
+from exactmoe.kernels.tensors import quant_matrix
 from exactmoe.parity.cases import Case, DecodeAttention, Matvec, tensors
 from exactmoe.parity.neutrality import Launch, recorded
 
@@ -64,7 +66,7 @@ def test_what_is_guessed_and_fetched_ahead_changes_no_bit(experts: int, device: 
     plain = matvec(weights, row, profile, None, residual)
     for logits in (guess, torch.full_like(guess, torch.nan), torch.full_like(guess, torch.inf)):
         for one, other in ((gate, up), (down, down)):
-            assert matvec(weights, row, profile, None, residual, Guess(logits, one, other, top_k)).equal(plain)
+            assert matvec(weights, row, profile, None, residual, Guess(logits, (one, other), top_k)).equal(plain)
 
 
 def test_a_guess_is_the_next_router_s_word_on_this_row(device: torch.device) -> None:
@@ -88,7 +90,7 @@ def test_a_guess_is_refused_that_fits_no_experts(device: torch.device) -> None:
     weights, row, _, _, residual = Matvec(9, 512, "Q4_K", profile, around="operand").on(device)
     for wrong, match in ((torch.zeros(11, device=device), "guess"), (torch.zeros(12, device=device), "top_k must be")):
         with pytest.raises(InvalidInput, match=match):
-            matvec(weights, row, profile, None, residual, Guess(wrong, gate, gate, 13))
+            matvec(weights, row, profile, None, residual, Guess(wrong, (gate, gate), 13))
     with pytest.raises(InvalidInput, match="eps"):
         decode_router(x, norm, router, profile, NextLayer(Norm(norm.weight, 1.0), router))
     with pytest.raises(InvalidInput, match="next router"):
@@ -106,13 +108,13 @@ def test_an_operand_is_not_normed_again_and_is_of_the_profile_asked_for(device: 
         matvec(weights, x[:-1], profile, None, residual)
 
 
-def test_at_most_two_whole_tensors_are_fetched_ahead(device: torch.device) -> None:
+def test_what_is_fetched_ahead_is_whole_and_not_too_much(device: torch.device) -> None:
     square = torch.zeros(4, 4, device=device)
-    assert spans([square]) == (square, None, 64, 0)
-    with pytest.raises(InvalidInput, match="at most two"):
-        spans([square] * 3)
+    assert spans([square], 3) == ((square, None, None), (64, 0, 0))
+    with pytest.raises(InvalidInput, match="at most 2 tensors are fetched ahead, got 3"):
+        spans([square] * 3, 2)
     with pytest.raises(InvalidInput, match="contiguous"):
-        spans([square.T[:2]])
+        spans([square.T[:2]], 2)
 
 
 def test_packing_loses_no_bit_of_a_block(device: torch.device) -> None:
@@ -129,8 +131,13 @@ def test_packing_loses_no_bit_of_a_block(device: torch.device) -> None:
 
 
 def test_q4_k_is_packed_where_it_lies(device: torch.device) -> None:
-    (weight,), *_ = tensors(Matvec(5, 768, "Q4_K", "q8_k").arguments(), device)
-    assert pack(weight).words.data_ptr() == weight.data.data_ptr()
+    data = torch.arange(5 * 3 * 144, device=device).to(torch.uint8).view(5, -1)
+    weight = quant_matrix(data, EXECUTABLE["Q4_K"], "weight")
+    packed = pack(weight)
+    assert (packed.words.data_ptr(), packed.high.data_ptr()) == (weight.data.data_ptr(), weight.heads.data_ptr())
+    assert sum(packed.plane_bytes) == data.nbytes
+    assert weight.as_in_file().equal(data)
+    assert weight.rows(1, 3).as_in_file().equal(data[1:4])
 
 
 def test_a_choice_moves_on_by_one(device: torch.device) -> None:
