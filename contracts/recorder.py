@@ -5,7 +5,10 @@
 `--list-tests FILE` writes the node ids of all tests that are collected, those too that this machine would leave out.
 
 The record has the outcome of every test that ran, and the hash of every file that a contract of contracts/ covers or
-cites. It says on which device kernels ran; in a tree without git, `--evidence-commit` says of which commit it is."""
+cites. It says on which device kernels ran; in a tree without git, `--evidence-commit` says of which commit it is.
+
+Under pytest-xdist the workers run the tests, and the process that began the run counts and writes. A run that was
+interrupted, stopped early or lost a worker writes nothing and removes FILE: what it did not reach may be what fails."""
 
 import datetime as dt
 import importlib.metadata
@@ -13,8 +16,9 @@ import json
 import platform
 import subprocess
 from collections import Counter
-from collections.abc import Generator
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,11 +26,10 @@ from exactmoe.contracts.record import Record, content_hash, write
 from exactmoe.contracts.status import concerned
 from exactmoe.contracts.validate import files, load
 
-_COUNTS = pytest.StashKey[dict[str, list[int]]]()
-_COLLECTED = pytest.StashKey[Counter[str]]()
-_HASHES = pytest.StashKey[dict[str, str]]()
 _PLACE = {"passed": 0, "failed": 1, "skipped": 2}
 _PACKAGES = ("torch", "triton", "numpy", "pytest")
+_ENDED = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED)
+_SENT = "exactmoe_collected"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -38,65 +41,131 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Begin to count; what the tests run on is what the files hold now."""
-    config.stash[_COUNTS] = {}
-    config.stash[_COLLECTED] = Counter()
-    config.stash[_HASHES] = _hashes(config.rootpath) if config.getoption("--record-evidence") else {}
+    """Begin to count."""
+    config.pluginmanager.register(_Worker(config) if hasattr(config, "workerinput") else _Recorder(config))
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """List the tests, before any is left out."""
-    config.stash[_COLLECTED].update(function(item.nodeid) for item in items)
-    path = config.getoption("--list-tests")
-    if path:
-        Path(path).write_text(json.dumps(sorted({function(item.nodeid) for item in items})), encoding="utf-8")
+class _Worker:
+    """A worker of pytest-xdist: it collects and runs tests. Its reports are sent by pytest-xdist; it writes nothing."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config: Any = config
+        self.collected: Counter[str] = Counter()
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        self.collected.update(function(item.nodeid) for item in items)  # before any is left out
+
+    def pytest_sessionfinish(self) -> None:
+        self.config.workeroutput[_SENT] = dict(self.collected)
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Count how each test ended."""
-    report = yield
-    counts = item.config.stash[_COUNTS].setdefault(function(item.nodeid), [0, 0, 0])
-    if report.when == "call" or report.outcome != "passed":  # set-up and teardown count where they go wrong
-        excused = hasattr(report, "wasxfail")
-        counts[_PLACE["skipped" if excused else report.outcome]] += 1
-    return report
+class _Recorder:
+    """Every other process."""
 
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        self.path: str | None = None if config.getoption("collectonly") else config.getoption("--record-evidence")
+        self.counts: dict[str, list[int]] = {}
+        self.collected: Counter[str] = Counter()
+        self.ended = 0
+        self.workers: dict[str, dict[str, int] | None] = {}  # what each collected, once it has come to its end
+        self.wrong = ""  # why there is no record
+        # What the tests run on is what the files hold now.
+        self.hashes = _hashes(config.rootpath) if self.path else {}
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Write the record."""
-    path = session.config.getoption("--record-evidence")
-    if path and not session.config.getoption("collectonly"):
-        write(_record(session.config), Path(path))
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        self.collected.update(function(item.nodeid) for item in items)  # before any is left out
+        self.list_tests()
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        # Workers run the rest all the same.
+        if report.failed and not self.config.getoption("continue_on_collection_errors"):
+            self.wrong = self.wrong or f"{report.nodeid or 'a file'} could not be collected"
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        counts = self.counts.setdefault(function(report.nodeid), [0, 0, 0])
+        if report.when == "call" or report.outcome != "passed":  # set-up and teardown count where they go wrong
+            excused = hasattr(report, "wasxfail")
+            counts[_PLACE["skipped" if excused else report.outcome]] += 1
+
+    def pytest_runtest_logfinish(self) -> None:
+        self.ended += 1
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_configure_node(self, node: Any) -> None:
+        self.workers[node.gateway.id] = None
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any, error: object) -> None:
+        sent = getattr(node, "workeroutput", {}).get(_SENT)
+        if error or sent is None:
+            self.wrong = self.wrong or f"worker {node.gateway.id} ended before its time: {error}"
+        self.workers[node.gateway.id] = sent
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        self.wrong = self.wrong or self._unfinished(session)
+        if self.workers and not self.wrong:
+            self.collected.update(next(iter(self.workers.values())))
+            self.list_tests()
+        if not self.path:
+            return
+        if not self.wrong:
+            write(self.record(), Path(self.path))
+            return
+        Path(self.path).unlink(missing_ok=True)
+        if session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        if self.path and self.wrong:
+            terminalreporter.write_line(f"no evidence was recorded: {self.wrong}", red=True)
+
+    def list_tests(self) -> None:
+        """Write the tests that were collected, if that is asked for."""
+        path = self.config.getoption("--list-tests")
+        if path:
+            Path(path).write_text(json.dumps(sorted(self.collected)), encoding="utf-8")
+
+    def record(self) -> Record:
+        """What the run showed."""
+        root = self.config.rootpath
+        loaded = [load(path)[0].contract for path in files([root / "contracts"])]
+        now = _hashes(root)
+        device, machine = _device()
+        return Record(
+            device=device,
+            machine=machine,
+            versions={"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in _PACKAGES}},
+            commit=self.config.getoption("--evidence-commit") or _commit(root),
+            date=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+            numerics=next((c.metadata.version for c in loaded if c and c.metadata.id == "numerics-v1"), "unknown"),
+            # A file that changed while the tests ran was not what they ran on.
+            files={name: found if self.hashes.get(name) == found else "" for name, found in sorted(now.items())},
+            tests={
+                name: (ok, bad, left, max(self.collected[name] - ok - bad - left, 0))
+                for name, (ok, bad, left) in sorted(self.counts.items())
+                if ok + bad + left
+            },
+        )
+
+    def _unfinished(self, session: pytest.Session) -> str:
+        """Why this was not the whole run, or nothing."""
+        if session.exitstatus not in _ENDED:
+            return "the run was interrupted"
+        if self.ended != session.testscollected:
+            return f"of {session.testscollected} tests {self.ended} came to their end"
+        if None in self.workers.values():
+            return "a worker has not come to its end"
+        if any(one != other for one, other in pairwise(self.workers.values())):
+            return "the workers collected different tests"
+        return ""
 
 
 def function(node_id: str) -> str:
     """A node id without its parameters."""
     return node_id.split("[", 1)[0]
-
-
-def _record(config: pytest.Config) -> Record:
-    root = config.rootpath
-    loaded = [load(path)[0].contract for path in files([root / "contracts"])]
-    before, now = config.stash[_HASHES], _hashes(root)
-    counts, collected = config.stash[_COUNTS], config.stash[_COLLECTED]
-    device, machine = _device()
-    return Record(
-        device=device,
-        machine=machine,
-        versions={"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in _PACKAGES}},
-        commit=config.getoption("--evidence-commit") or _commit(root),
-        date=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-        numerics=next((c.metadata.version for c in loaded if c and c.metadata.id == "numerics-v1"), "unknown"),
-        # A file that changed while the tests ran was not what they ran on.
-        files={name: found if before.get(name) == found else "" for name, found in sorted(now.items())},
-        tests={
-            name: (ok, bad, left, max(collected[name] - ok - bad - left, 0))
-            for name, (ok, bad, left) in sorted(counts.items())
-            if ok + bad + left
-        },
-    )
 
 
 def _hashes(root: Path) -> dict[str, str]:

@@ -67,10 +67,14 @@ class Project:
 
     def run(self, *options: str) -> Path:
         """A recorded run."""
+        self.outcome(*options)
+        return self.root / "run.json"
+
+    def outcome(self, *options: str) -> subprocess.CompletedProcess[str]:
+        """How a recorded run went."""
         out = self.root / "run.json"
         command = [sys.executable, "-m", "pytest", "-q", "-p", "exactmoe.contracts.recorder", "--record-evidence", out]
-        subprocess.run([*command, *options], cwd=self.root, capture_output=True, check=False)
-        return out
+        return subprocess.run([*command, *options], cwd=self.root, capture_output=True, text=True, check=False)
 
     def passing(
         self,
