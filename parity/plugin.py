@@ -8,10 +8,14 @@ The marker names an op of `exactmoe.parity.cases`; the test runs once for each o
 bit and fails with the first coordinate and both values in decimal and hex. A test that never calls it fails, and so
 does a run that compared nothing. `parity_check(expected, output)` does the same for data of your own.
 
+Under pytest-xdist what the workers compared comes with their reports to the process that began the run, which judges
+and writes.
+
 pytest loads this module in every run of an environment that holds it, so it imports nothing but pytest. It asserts
 nothing itself: PYTEST_DONT_REWRITE."""
 
-from collections.abc import Callable, Iterator
+import pickle
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,14 +34,18 @@ _MARKER = "exactmoe(op, where=None): run the test for every case of `op`; `where
 
 @dataclass
 class _Run:
-    """What the tests of this process compared."""
+    """What the tests compared; of a worker, what it has not sent yet."""
 
     rows: "list[StageDiff]" = field(default_factory=list)
     asked: int = 0  # tests that were to compare something
     too_large: int = 0  # cases left out for want of a GPU
+    places: dict[str, int] = field(default_factory=dict)  # of the workers' tests, as they were collected
+    sent: "list[tuple[int, list[StageDiff]]]" = field(default_factory=list)  # by workers: the place of a test, its rows
 
 
 _RUN = pytest.StashKey[_Run]()
+_SENT = "exactmoe_compared"
+_TOO_LARGE = "exactmoe_too_large"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -137,9 +145,48 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
             run.rows.append(not_compared(item.name))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A worker sends what was compared since its last report."""
+    report = yield
+    run = item.config.stash[_RUN]
+    if hasattr(item.config, "workerinput") and (run.rows or run.asked):
+        setattr(report, _SENT, pickle.dumps((run.asked, run.rows)))
+        run.asked = 0
+        run.rows.clear()
+    return report
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_node_collection_finished(node: Any, ids: list[str]) -> None:
+    """Keep the order of the tests: the report has it, whichever worker was first."""
+    node.config.stash[_RUN].places = {name: place for place, name in enumerate(ids)}
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Take what a worker sent."""
+    if hasattr(report, "node") and hasattr(report, _SENT):
+        run = report.node.config.stash[_RUN]
+        asked, rows = pickle.loads(report.__dict__.pop(_SENT))
+        run.asked += asked
+        run.sent.append((run.places[report.nodeid], rows))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Every worker collects every test, so each has left out the same cases."""
+    run = node.config.stash[_RUN]
+    run.too_large = max(run.too_large, getattr(node, "workeroutput", {}).get(_TOO_LARGE, 0))
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Fail a run of which nothing was compared; write the report."""
     run = session.config.stash[_RUN]
+    output: dict[str, Any] | None = getattr(session.config, "workeroutput", None)
+    if output is not None:  # a worker's
+        output[_TOO_LARGE] = run.too_large
+        return
+    run.rows += [row for _, rows in sorted(run.sent, key=lambda sent: sent[0]) for row in rows]
     if run.asked and not sum(row.count for row in run.rows) and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
     path = session.config.getoption("--exactmoe-report")

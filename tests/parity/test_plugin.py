@@ -178,6 +178,51 @@ def test_forgets(parity_check):
     assert found["verdict"] == "not equal"
 
 
+WORKERS = ("-n", "2", "--dist", "load", "--maxschedchunk", "1")  # neighbours go to different workers
+EVERY_KIND = """
+import numpy as np
+import pytest
+@pytest.mark.exactmoe("argmax", where=lambda case: case.gpu or case.rows < 3)
+def test_cases(parity_case):
+    parity_case.check(parity_case.reference)
+@pytest.mark.parametrize("n", range(20))
+def test_ones(parity_check, n):
+    parity_check(np.ones(n), np.ones(n) + (n == 13))
+def test_in_parts(parity_check):
+    parity_check((np.ones(2), np.ones(2)), (np.ones(2), np.ones(2)), "first")
+    parity_check(np.ones(2), np.ones(2), "then")
+@pytest.fixture
+def early(parity_check):
+    parity_check(np.ones(3), np.ones(3), "in a fixture")
+def test_forgets(early):
+    pass
+def test_breaks(parity_check):
+    raise OSError
+"""
+
+
+def test_workers_compare_what_one_process_compares_and_report_it_in_the_same_order(run, pytester):
+    alone = run(EVERY_KIND, "--exactmoe-report", "alone.json")
+    workers = run(EVERY_KIND, "--exactmoe-report", "workers.json", *WORKERS)
+    assert "2 workers" in workers.stdout.str()
+    assert workers.ret == alone.ret == 1
+    assert last(workers) == last(alone)
+    assert "cases left out, too large" in last(alone)[-1]
+    rows = json.loads((pytester.path / "alone.json").read_text())["rows"]
+    assert len(rows) > 24 and rows[-1]["verdict"] == "missing"
+    assert (pytester.path / "workers.json").read_text() == (pytester.path / "alone.json").read_text()
+
+
+def test_workers_that_compared_nothing_fail_and_those_that_compared_something_do_not(run):
+    result = run(RIGHT.replace("in (0, 7)", "== 0"), *WORKERS)
+    result.assert_outcomes(passed=1)
+    assert result.ret == 1
+    assert "nothing was compared, which is a failure" in last(result)[1]
+    result = run(RIGHT, *WORKERS)  # one worker has the case without elements
+    assert result.ret == 0
+    assert "of 2 tests compared, all equal" in last(result)[0]
+
+
 def test_the_report_is_written_as_its_ending_says(run, pytester):
     assert run(WRONG, "--exactmoe-report", "found.xml").ret == 1
     (suite,) = ET.parse(pytester.path / "found.xml").getroot()
