@@ -2,6 +2,8 @@
 PYTHON ?= python3
 ARGS ?=
 EVIDENCE := build/evidence.json
+# A file's tests stay together, with their fixtures, until a worker is out of work: then it takes half of another's.
+ALL_TESTS := -n logical --dist worksteal -p exactmoe.contracts.recorder --record-evidence $(EVIDENCE)
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -12,7 +14,7 @@ parity: $(INSTALLED)  ## run the shipped model through kernels and reference, co
 	$(BIN)/exactmoe parity $(ARGS)
 
 test: $(INSTALLED)  ## run the tests; all of them leave a record, which is what the contracts' statuses come from
-	$(BIN)/pytest $(if $(ARGS),,-p exactmoe.contracts.recorder --record-evidence $(EVIDENCE)) $(ARGS)
+	$(BIN)/pytest $(or $(ARGS),$(ALL_TESTS))
 
 check: lint test check-status  ## format, lint, types, contracts, tests, what they show
 

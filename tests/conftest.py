@@ -4,6 +4,7 @@ import hashlib
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -73,6 +74,32 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     for marker, count in config.stash.get(_DESELECTED, {}).items():
         if count:
             terminalreporter.write_line(f"not run: {count} tests that {_LACKING[marker]}")
+
+
+# Under pytest-xdist the workers collect, and the process that began the run has the last lines.
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["deselected"] = session.config.stash.get(_DESELECTED, {})
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    node.config.stash.setdefault(_DESELECTED, {}).update(getattr(node, "workeroutput", {}).get("deselected", {}))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int | None:
+    """None on a GPU, whose memory all would share; else as many as pytest-xdist finds cores."""
+    return 0 if _DEVICE.type == "cuda" else None
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes() -> None:
+    """A worker has one core, so one thread: this process has its own already."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

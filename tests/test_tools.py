@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 LINKED = ("kernels", "model", "parity", "bench", "contracts")
@@ -111,20 +112,55 @@ def test_warns():
 """
 
 
-def test_without_a_gpu_or_a_browser_their_tests_are_counted_as_not_run_and_warnings_are_errors(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [(), ("-n", "2")], ids=["alone", "two workers"])
+def test_without_a_gpu_or_a_browser_their_tests_are_counted_as_not_run_and_warnings_are_errors(
+    tmp_path: Path, workers: tuple[str, ...]
+) -> None:
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     (tmp_path / "src").symlink_to(ROOT / "src")
     (tmp_path / "tests").mkdir()
     shutil.copy(ROOT / "tests" / "conftest.py", tmp_path / "tests")
     (tmp_path / "tests" / "test_planted.py").write_text(PLANTED_TESTS)
     blind = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"CUDA_VISIBLE_DEVICES": "", "PATH": ""}
-    args = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
+    args = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *workers]
     run = subprocess.run(args, cwd=tmp_path, capture_output=True, text=True, env=blind)
     assert run.returncode == 1
     assert "not run: 3 tests that need a CUDA device; kernels ran in the interpreter" in run.stdout
     assert "not run: 1 tests that need Chromium; none is installed" in run.stdout
     assert "FAILED tests/test_planted.py::test_warns - UserWarning: planted" in run.stdout
-    assert "1 failed, 1 passed, 4 deselected" in run.stdout
+    assert ("1 failed, 1 passed in" if workers else "1 failed, 1 passed, 4 deselected") in run.stdout
+
+
+def test_all_tests_are_run_in_a_worker_for_every_core_and_chosen_ones_in_one_process() -> None:
+    def recipe(*variables: str) -> str:
+        make = ["make", "--dry-run", "--no-print-directory", "test", "INSTALLED=Makefile", *variables]
+        return subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    assert recipe().startswith(".venv/bin/pytest -n logical ")
+    assert recipe().endswith(" --record-evidence build/evidence.json")
+    assert recipe("ARGS=tests/kernels -k router") == ".venv/bin/pytest tests/kernels -k router"
+
+
+@pytest.mark.parametrize(("on", "workers"), [("cuda", 0), ("cpu", None)])
+def test_a_gpu_is_not_shared_by_workers(
+    on: str, workers: int | None, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    conftest = request.config.pluginmanager.get_plugin(str(ROOT / "tests" / "conftest.py"))
+    monkeypatch.setattr(conftest, "_DEVICE", torch.device(on))
+    assert conftest.pytest_xdist_auto_num_workers() == workers
+
+
+def test_a_worker_has_one_thread(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    (tmp_path / "src").symlink_to(ROOT / "src")
+    (tmp_path / "tests").mkdir()
+    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path / "tests")
+    (tmp_path / "tests" / "test_threads.py").write_text(
+        "import torch\ndef test_threads():\n    assert torch.get_num_threads() == 1\n"
+    )
+    env = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    args = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", "1"]
+    assert subprocess.run(args, cwd=tmp_path, env=env, capture_output=True).returncode == 0
 
 
 @pytest.mark.parametrize(("letter", "drawn"), [("a", "7b225904"), ("b", "48844869")], ids=["a", "b"])
