@@ -44,6 +44,7 @@ def _embed_kernel(
     live = b < blocks
     # Row and block are scaled apart: of (token*NB + b%NB) * 210 the compiler takes too large an alignment for granted.
     token = tl.load(token_ptr + b // NB, live, 0).to(tl.int64)
+    # Row and block are scaled apart: of (token*NB + b%NB) * 210 the compiler takes too large an alignment for granted.
     block_ptr = w_ptr + token * (NB * BYTES) + (b % NB) * BYTES
     out = out_ptr + b.to(tl.int64)[:, None, None] * 256
     if FORMAT == _Q4_K:

@@ -126,10 +126,10 @@ def test_bisection_names_the_stage_of_a_nan_in_the_weights_of_the_kernels(file: 
     expert = int(reference.trace((), TOKENS, Everything())["moe_router_indices", 1][0, 0])
     model = load_model(file, resolve_device("auto"))
     moe = model.layers[1].moe
-    data = moe.up.data.clone()
-    data[expert, 37, :2] = torch.tensor([0, 0x7E], dtype=torch.uint8)  # d of a Q4_K block is NaN
-    assert moe.up.format.name == "Q4_K"
-    layers = (model.layers[0], model.layers[1]._replace(moe=moe._replace(up=moe.up._replace(data=data))))
+    assert moe.up.format.name == "Q4_K" and moe.up.heads is not None
+    heads = moe.up.heads.clone()
+    heads[expert, 37, :2] = torch.tensor([0, 0x7E], dtype=torch.uint8)  # d of a Q4_K block is NaN
+    layers = (model.layers[0], model.layers[1]._replace(moe=moe._replace(up=moe.up._replace(heads=heads))))
     object.__setattr__(model, "layers", layers)
     found = bisect(reference, TritonSteps(model), file, TOKENS[:2])
     assert (found.stage, found.layer) == ("moe_expert_up", 1)
