@@ -137,11 +137,14 @@ def load_model(
     eps = float(config.eps)
     layers = [layer(i) for i in range(config.n_layers)]
     output_norm, output = on_device("output_norm.weight"), matrix("output.weight")
+    embedding = matrix("token_embd.weight")
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what only the packing needed goes back to the device
     return Model(
         config=config,
         profile=activations,
         device=device,
-        embedding=matrix("token_embd.weight"),
+        embedding=embedding,
         layers=tuple(found for found, _ in layers),
         output_norm=output_norm,
         output=output,
