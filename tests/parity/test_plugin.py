@@ -182,7 +182,7 @@ WORKERS = ("-n", "2", "--dist", "load", "--maxschedchunk", "1")  # neighbours go
 EVERY_KIND = """
 import numpy as np
 import pytest
-@pytest.mark.exactmoe("argmax", where=lambda case: case.gpu or case.rows < 3)
+@pytest.mark.exactmoe("swiglu", where=lambda case: case.gpu or case.rows < 3)
 def test_cases(parity_case):
     parity_case.check(parity_case.reference)
 @pytest.mark.parametrize("n", range(20))
