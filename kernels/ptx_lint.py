@@ -505,8 +505,9 @@ def _decode_ops(
     yield partial(choose, f32(37 * V), one, one)  # in parts
     gate = packed("Q4_K", D, E, F)
     for profile in PROFILES:
-        yield partial(matvec, [packed("Q4_K", D, (H + 2 * G) * C)], f32(D), profile, norm)
-        yield partial(matvec, [packed("Q4_K", D, (H + G) * C), packed("Q6_K", D, G * C)], f32(D), profile, norm)
+        for qkv in ([packed("Q4_K", D, (H + 2 * G) * C)], [packed("Q4_K", D, (H + G) * C), packed("Q6_K", D, G * C)]):
+            yield partial(matvec, qkv, f32(D), profile, norm)
+            yield partial(matvec, qkv, f32(D), profile, norm, later=[part[:128] for part in kv])
         read = f32((H + 2 * G) * C), head_norm, head_norm, rope, kv, one, profile, later
         yield partial(decode_attention, *read)
         yield partial(decode_attention, *read, 128)

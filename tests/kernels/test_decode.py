@@ -65,8 +65,10 @@ def test_what_is_guessed_and_fetched_ahead_changes_no_bit(experts: int, device: 
     weights, row, _, _, residual = Matvec(9, 512, "Q4_K", profile, around="operand").on(device)
     plain = matvec(weights, row, profile, None, residual)
     for logits in (guess, torch.full_like(guess, torch.nan), torch.full_like(guess, torch.inf)):
-        for one, other in ((gate, up), (down, down)):
-            assert matvec(weights, row, profile, None, residual, Guess(logits, (one, other), top_k)).equal(plain)
+        for matrices in ((gate, up), (down, down), (gate, up, down)):
+            assert matvec(weights, row, profile, None, residual, Guess(logits, matrices, top_k)).equal(plain)
+    for later in ([guess], [row, guess, residual, x]):
+        assert matvec(weights, row, profile, None, residual, later=later).equal(plain)
 
 
 def test_a_guess_is_the_next_router_s_word_on_this_row(device: torch.device) -> None:
@@ -91,6 +93,13 @@ def test_a_guess_is_refused_that_fits_no_experts(device: torch.device) -> None:
     for wrong, match in ((torch.zeros(11, device=device), "guess"), (torch.zeros(12, device=device), "top_k must be")):
         with pytest.raises(InvalidInput, match=match):
             matvec(weights, row, profile, None, residual, Guess(wrong, (gate, gate), 13))
+    fits = torch.zeros(12, device=device)
+    with pytest.raises(InvalidInput, match="at most three matrices, got 4"):
+        matvec(weights, row, profile, None, residual, Guess(fits, (gate,) * 4, 3))
+    with pytest.raises(InvalidInput, match="either a guess is fetched ahead"):
+        matvec(weights, row, profile, None, residual, Guess(fits, (gate, gate), 3), [fits])
+    with pytest.raises(InvalidInput, match="at most 4 tensors are fetched ahead, got 5"):
+        matvec(weights, row, profile, None, residual, None, [fits] * 5)
     with pytest.raises(InvalidInput, match="eps"):
         decode_router(x, norm, router, profile, NextLayer(Norm(norm.weight, 1.0), router))
     with pytest.raises(InvalidInput, match="next router"):
