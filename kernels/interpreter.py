@@ -4,9 +4,12 @@ The interpreter rewires `triton.language` at every launch, and again at every ca
 costs more than the arithmetic. Inside a launch the second rewiring changes nothing: `quicken` leaves it out."""
 
 import inspect
+import operator
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
+
+import numpy as np
 
 
 def quicken() -> None:
@@ -36,9 +39,50 @@ def quicken() -> None:
         finally:
             rewired.clear()
 
+    semantic = getattr(interpreter, "interpreter_semantic", None)
+    if semantic is not None:
+        semantic.binary_op_sanitize_overflow_impl = _refuse_overflow
+    if hasattr(interpreter, "_get_np_dtype"):
+        interpreter._get_np_dtype = _by_name(interpreter._get_np_dtype)
     interpreter._patch_lang = patch_lang  # noqa: SLF001 - the hook has no public name
     executor.__call__ = call
     executor._exactmoe_quickened = True  # noqa: SLF001 - our own mark
+
+
+def _by_name(find: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`find` of a scalar or block type, asked once for each name of a scalar."""
+    known: dict[str, Any] = {}
+
+    def found(kind: Any) -> Any:
+        scalar = kind.scalar
+        if scalar.is_ptr():
+            return find(kind)
+        if scalar.name not in known:
+            known[scalar.name] = find(scalar)
+        return known[scalar.name]
+
+    return found
+
+
+def _refuse_overflow(lhs: Any, rhs: Any, op: Callable[..., Any]) -> None:
+    """Raise OverflowError if the sum, difference or product of integers of at most 32 bits leaves their type.
+
+    Triton makes the same comparison, tensor by tensor, and throws its result away unless it debugs."""
+    kind = lhs.type.scalar
+    if kind.int_bitwidth >= 64 or not lhs.handle.data.size:
+        return
+    a, b = lhs.handle.data, rhs.handle.data
+    ends = [(int(x.min()), int(x.max())) for x in (a, b)]
+    least, most = kind.get_int_min_value(), kind.get_int_max_value()
+    reach = [_EXACT[op.__name__](x, y) for x in ends[0] for y in ends[1]]
+    if min(reach) >= least and max(reach) <= most:
+        return
+    exact = _EXACT[op.__name__](a.astype(np.int64), b.astype(np.int64))
+    if exact.min() < least or exact.max() > most:
+        raise OverflowError(f"{op.__name__} leaves {kind}: {exact.min()} to {exact.max()}")
+
+
+_EXACT: dict[str, Callable[[Any, Any], Any]] = {"add": operator.add, "sub": operator.sub, "mul": operator.mul}
 
 
 def _is_language(value: object) -> bool:
