@@ -46,8 +46,7 @@ def quicken() -> None:
             rewired.clear()
 
     _describe_shapes_once()
-    if hasattr(interpreter, "interpreter_semantic"):
-        interpreter.interpreter_semantic.binary_op_sanitize_overflow_impl = _refuse_overflow
+    _mean_what_is_asked(interpreter.InterpreterBuilder)
     find = getattr(interpreter, "_get_np_dtype", None)
     if find is not None:
         interpreter._get_np_dtype = _by_name(find)  # noqa: SLF001 - the hook has no public name
@@ -89,6 +88,21 @@ def _describe_shapes_once() -> None:
 
     core.block_type.__init__ = block_type
     core.tensor.__init__ = tensor
+
+
+def _mean_what_is_asked(builder: type) -> None:
+    """Have integers that leave their type refused where `builder` runs a kernel."""
+    from triton.language.semantic import TritonSemantic
+
+    compiled = TritonSemantic.binary_op_sanitize_overflow_impl
+
+    def refuse_overflow(self: Any, lhs: Any, rhs: Any, op: Callable[..., Any]) -> None:
+        if isinstance(self.builder, builder):
+            _refuse_overflow(lhs, rhs, op)
+        else:  # what is compiled in this process, for its instructions
+            compiled(self, lhs, rhs, op)
+
+    TritonSemantic.binary_op_sanitize_overflow_impl = refuse_overflow
 
 
 def _by_name(find: Callable[[Any], Any]) -> Callable[[Any], Any]:
