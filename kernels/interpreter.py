@@ -45,8 +45,8 @@ def quicken() -> None:
         finally:
             rewired.clear()
 
-    _describe_shapes_once()
-    _mean_what_is_asked(interpreter.InterpreterBuilder)
+    _describe_shapes_once(interpreter.tl.core)
+    _mean_what_is_asked(interpreter.TritonSemantic, interpreter.InterpreterBuilder)
     find = getattr(interpreter, "_get_np_dtype", None)
     if find is not None:
         interpreter._get_np_dtype = _by_name(find)  # noqa: SLF001 - the hook has no public name
@@ -55,10 +55,8 @@ def quicken() -> None:
     executor._exactmoe_quickened = True  # noqa: SLF001 - our own mark
 
 
-def _describe_shapes_once() -> None:
+def _describe_shapes_once(core: ModuleType) -> None:
     """Have types of blocks, and tensors, of one shape share what describes it."""
-    from triton.language import core
-
     make_type, make_tensor = core.block_type.__init__, core.tensor.__init__
     of_types: dict[tuple[int, ...], tuple[Any, int, str]] = {}
     of_tensors: dict[tuple[int, ...], tuple[Any, Any]] = {}
@@ -90,11 +88,9 @@ def _describe_shapes_once() -> None:
     core.tensor.__init__ = tensor
 
 
-def _mean_what_is_asked(builder: type) -> None:
+def _mean_what_is_asked(semantic: Any, builder: type) -> None:
     """Have integers that leave their type refused where `builder` runs a kernel."""
-    from triton.language.semantic import TritonSemantic
-
-    compiled = TritonSemantic.binary_op_sanitize_overflow_impl
+    compiled = semantic.binary_op_sanitize_overflow_impl
 
     def refuse_overflow(self: Any, lhs: Any, rhs: Any, op: Callable[..., Any]) -> None:
         if isinstance(self.builder, builder):
@@ -102,7 +98,7 @@ def _mean_what_is_asked(builder: type) -> None:
         else:  # what is compiled in this process, for its instructions
             compiled(self, lhs, rhs, op)
 
-    TritonSemantic.binary_op_sanitize_overflow_impl = refuse_overflow
+    semantic.binary_op_sanitize_overflow_impl = refuse_overflow
 
 
 def _by_name(find: Callable[[Any], Any]) -> Callable[[Any], Any]:
