@@ -116,14 +116,15 @@ def _model(c: Config, profile: str) -> Model:
 
     def matrix(name: str, k: int, *rows: int) -> QuantMatrix:
         fmt = EXECUTABLE[q4_k_m(name, c.n_layers)]
-        if fmt.name == "Q4_K":  # as `quant_matrix`, which would touch every byte
-            codes, heads = (torch.empty(*rows, k // 256 * size, dtype=torch.uint8) for size in (128, 16))
+        if fmt.head_bytes:  # as `quant_matrix`, which would touch every byte
+            sizes = fmt.data_bytes, fmt.head_bytes
+            codes, heads = (torch.empty(*rows, k // 256 * size, dtype=torch.uint8) for size in sizes)
             return QuantMatrix(codes, fmt, rows[-1], k, heads)
         return quant_matrix(torch.empty(*rows, k // 256 * fmt.block_bytes, dtype=torch.uint8), fmt, name)
 
     def planes(weight: QuantMatrix) -> PackedMatrix:
         """As `pack`, which would touch every byte of a Q6_K matrix."""
-        if weight.format.name == "Q4_K":
+        if weight.heads is not None:
             return pack(weight)
         rows, blocks = weight.data.numel() // weight.data.shape[-1], weight.k // 256
         words, high, scales = (torch.empty(rows, blocks * n, dtype=torch.int32) for n in (32, 16, 4))

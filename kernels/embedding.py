@@ -30,7 +30,7 @@ def embed(table: QuantMatrix, tokens: Tensor) -> Tensor:
         M = tiles.rows_of_blocks(T * blocks)
         _embed_kernel[(triton.cdiv(T * blocks, M),)](
             table.data, table.heads, tokens, out, T * blocks, NB=blocks, M=M,
-            BYTES=table.data.shape[-1] // blocks, FORMAT=table.format.ggml_id, num_warps=4, **FAITHFUL,
+            BYTES=table.format.data_bytes, FORMAT=table.format.ggml_id, num_warps=4, **FAITHFUL,
         )  # fmt: skip
     return out
 
@@ -42,7 +42,6 @@ def _embed_kernel(
 ):  # fmt: skip
     b = tl.program_id(0) * M + tl.arange(0, M)
     live = b < blocks
-    # Row and block are scaled apart: of (token*NB + b%NB) * 210 the compiler takes too large an alignment for granted.
     token = tl.load(token_ptr + b // NB, live, 0).to(tl.int64)
     # Row and block are scaled apart: of (token*NB + b%NB) * 210 the compiler takes too large an alignment for granted.
     block_ptr = w_ptr + token * (NB * BYTES) + (b % NB) * BYTES

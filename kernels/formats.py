@@ -19,9 +19,15 @@ class QuantFormat(NamedTuple):
     name: str
     ggml_id: int  # ggml_type in the file
     block_bytes: int  # bytes that hold BLOCK weights
+    head_bytes: int = 0  # the first of them, which kernels.tensors keeps apart
+
+    @property
+    def data_bytes(self) -> int:
+        """The others."""
+        return self.block_bytes - self.head_bytes
 
 
-Q4_K = QuantFormat("Q4_K", 12, 144)
+Q4_K = QuantFormat("Q4_K", 12, 144, 16)
 Q6_K = QuantFormat("Q6_K", 14, 210)
 
 EXECUTABLE: dict[str, QuantFormat] = {f.name: f for f in (Q4_K, Q6_K)}

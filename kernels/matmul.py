@@ -83,7 +83,7 @@ def _launch(
         weight.data, weight.heads, x.q, x.scale, x.group_sum, y,
         dispatch.order if dispatch else None, dispatch.offset if dispatch else None,
         rows, x.q.shape[1], N=weight.n, NB=weight.k // BLOCK,
-        BYTES=weight.data.shape[-1] * BLOCK // weight.k, FORMAT=weight.format.ggml_id,
+        BYTES=weight.format.data_bytes, FORMAT=weight.format.ggml_id,
         E=E, E2=triton.next_power_of_2(E) if E else 0, PER=rows_per_activation, S=x.q.shape[0],
         BM=tile.rows, BN=cols, num_warps=tile.warps, **FAITHFUL,
     )  # fmt: skip

@@ -36,6 +36,7 @@ from exactmoe.kernels.packed import (
 from exactmoe.kernels.prefetch import prefetch, spans
 from exactmoe.kernels.tensors import require_f32, slices
 
+_LATER = tl.constexpr(4)  # tensors that are fetched ahead where there is no guess
 _REGISTERS = 128  # for two formats, or the next kernel would find no room beside this one
 
 
@@ -84,8 +85,9 @@ def matvec(
     ahead, sizes = guess_arguments(guess)
     if later:
         require(guess is None, "either a guess is fetched ahead, or other tensors")
-        tensors, nbytes = spans(later, 4)
-        ahead, sizes["LATER"] = (None, *tensors, *ahead[5:]), (*nbytes, *(0,) * (len(ahead) - 5))
+        tensors, nbytes = spans(later, _LATER.value)
+        rest = ahead[1 + len(tensors) :]  # of a guess's places
+        ahead, sizes["LATER"] = (None, *tensors, *rest), (*nbytes, *(0,) * len(rest))
     scratch = torch.empty(programs, words, dtype=torch.int32, device=x.device) if words else None
     _matvec_kernel[(programs,)](
         x, norm.weight if norm else None, norm.eps if norm else 0.0, residual, y, scratch,
@@ -337,7 +339,7 @@ def _matvec_kernel(
         later9_ptr, later10_ptr, later11_ptr, later12_ptr,
     )  # fmt: skip
     if A == 0:  # before the weights, for the next kernel reads them before its wait
-        for i in tl.static_range(4):
+        for i in tl.static_range(_LATER):
             prefetch(later[1 + i], LATER[i], pid, PROGRAMS, 32 * WARPS)
     at_ptr = x_ptr
     if not READY:

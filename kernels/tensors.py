@@ -65,11 +65,12 @@ def quant_matrix(data: Tensor, fmt: QuantFormat, name: str) -> QuantMatrix:
         f"{name}: a row of {row} bytes is not a whole number of {fmt.name} blocks of {fmt.block_bytes} bytes",
     )
     n, blocks = data.shape[-2], row // fmt.block_bytes
-    if fmt.name != "Q4_K":
+    if not fmt.head_bytes:
         return QuantMatrix(data, fmt, n, blocks * BLOCK)
     count = data.numel() // fmt.block_bytes
-    codes, heads = torch.empty_like(data.view(-1)).split([count * 128, count * 16])
-    for plane, part in ((heads, data.view(count, -1)[:, :16]), (codes, data.view(count, -1)[:, 16:])):
+    codes, heads = torch.empty_like(data.view(-1)).split([count * fmt.data_bytes, count * fmt.head_bytes])
+    head, code = data.view(count, -1).split([fmt.head_bytes, fmt.data_bytes], dim=1)
+    for plane, part in ((heads, head), (codes, code)):
         plane.view(count, -1).copy_(part)
     rows = data.shape[:-1]
     return QuantMatrix(codes.view(*rows, -1), fmt, n, blocks * BLOCK, heads.view(*rows, -1))
