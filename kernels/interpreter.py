@@ -19,12 +19,11 @@ import numpy as np
 
 
 def quicken() -> None:
-    """Patch the interpreter of this process once. Triton versions without these hooks are left as they are."""
+    """Patch the interpreter of this process once."""
     from triton.runtime import interpreter
 
-    original: Callable[[Any], Any] | None = getattr(interpreter, "_patch_lang", None)
-    executor = getattr(interpreter, "GridExecutor", None)
-    if original is None or executor is None or getattr(executor, "_exactmoe_quickened", False):
+    original, executor = interpreter._patch_lang, interpreter.GridExecutor  # noqa: SLF001 - the hook has no public name
+    if getattr(executor, "_exactmoe_quickened", False):
         return
     launch = executor.__call__
     rewired: set[int] = set()
@@ -46,10 +45,8 @@ def quicken() -> None:
             rewired.clear()
 
     _describe_shapes_once(interpreter.tl.core)
-    _mean_what_is_asked(interpreter.TritonSemantic, interpreter.InterpreterBuilder)
-    find = getattr(interpreter, "_get_np_dtype", None)
-    if find is not None:
-        interpreter._get_np_dtype = _by_name(find)  # noqa: SLF001 - the hook has no public name
+    _refuse_overflow(interpreter.TritonSemantic, interpreter.InterpreterBuilder)
+    interpreter._get_np_dtype = _by_name(interpreter._get_np_dtype)  # noqa: SLF001 - nor has this
     interpreter._patch_lang = patch_lang  # noqa: SLF001 - the hook has no public name
     executor.__call__ = call
     executor._exactmoe_quickened = True  # noqa: SLF001 - our own mark
@@ -88,13 +85,13 @@ def _describe_shapes_once(core: ModuleType) -> None:
     core.tensor.__init__ = tensor
 
 
-def _mean_what_is_asked(semantic: Any, builder: type) -> None:
+def _refuse_overflow(semantic: Any, builder: type) -> None:
     """Have integers that leave their type refused where `builder` runs a kernel."""
     compiled = semantic.binary_op_sanitize_overflow_impl
 
     def refuse_overflow(self: Any, lhs: Any, rhs: Any, op: Callable[..., Any]) -> None:
         if isinstance(self.builder, builder):
-            _refuse_overflow(lhs, rhs, op)
+            _require_range(lhs, rhs, op)
         else:  # what is compiled in this process, for its instructions
             compiled(self, lhs, rhs, op)
 
@@ -116,7 +113,7 @@ def _by_name(find: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return found
 
 
-def _refuse_overflow(lhs: Any, rhs: Any, op: Callable[..., Any]) -> None:
+def _require_range(lhs: Any, rhs: Any, op: Callable[..., Any]) -> None:
     """Raise OverflowError if the sum, difference or product of integers of at most 32 bits leaves their type.
 
     Triton makes the same comparison, tensor by tensor, and throws its result away unless it debugs."""

@@ -1,5 +1,6 @@
 """The interpreter as the kernels run in it: integers that leave their type are refused, in every process."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,14 @@ FITS = {
     "mul int32 65536 -32768": -(2**31),
     "mul int32 46340 46340": 2147395600,
     "add int8 100 27": 127,
+    "sub int8 -100 28": -128,
+    "add int16 32767 0": 32767,
+    "mul int16 256 -128": -32768,
+    "add uint8 200 55": 255,
+    "sub uint8 1 1": 0,
+    "mul uint16 255 257": 65535,
+    "sub uint16 1 1": 0,
+    "sub uint32 1 1": 0,
     "add uint32 4294967000 295": 2**32 - 1,
     "add int64 9223372036854775807 1": -(2**63),  # nothing is wider, so nothing is asked
 }
@@ -67,6 +76,13 @@ LEAVES = {
     "mul int32 65536 32768": "mul leaves int32: 0 to 2147483648",
     "mul int32 46341 46341": "mul leaves int32: 0 to 2147488281",
     "add int8 100 28": "add leaves int8: 0 to 128",
+    "sub int8 -100 29": "sub leaves int8: -129 to 0",
+    "add int16 32767 1": "add leaves int16: 0 to 32768",
+    "add uint8 200 56": "add leaves uint8: 0 to 256",
+    "sub uint8 1 2": "sub leaves uint8: -1 to 0",
+    "mul uint16 256 256": "mul leaves uint16: 0 to 65536",
+    "sub uint16 1 2": "sub leaves uint16: -1 to 0",
+    "add uint32 4294967000 296": "add leaves uint32: 0 to 4294967296",
     "add int16 -32768 -1": "add leaves int16: -32769 to 2",
     "sub uint32 1 2": "sub leaves uint32: -1 to 0",
 }
@@ -78,10 +94,10 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     file = tmp_path_factory.mktemp("interpreter") / "program.py"
     file.write_text(PROGRAM)
     lines = [*FITS, *LEAVES]
-    source = Path(__file__).parents[2] / "src"
+    path = os.pathsep.join([str(Path(__file__).parents[2] / "src"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, file], input="\n".join(lines), capture_output=True, text=True, check=True,
-        env={"PYTHONPATH": str(source), "PATH": ""},
+        env={**os.environ, "PYTHONPATH": path},
     )  # fmt: skip
     return dict(zip(lines, done.stdout.splitlines(), strict=True))
 
