@@ -112,18 +112,26 @@ def test_warns():
 """
 
 
+def planted(
+    folder: Path, tests: str, *options: str, without: str, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run `tests` beside the project's conftest, without an environment variable, and with others."""
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    (folder / "src").symlink_to(ROOT / "src")
+    (folder / "tests").mkdir()
+    shutil.copy(ROOT / "tests" / "conftest.py", folder / "tests")
+    (folder / "tests" / "test_planted.py").write_text(tests)
+    env = {k: v for k, v in os.environ.items() if k != without} | variables
+    args = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options]
+    return subprocess.run(args, cwd=folder, capture_output=True, text=True, env=env)
+
+
 @pytest.mark.parametrize("workers", [(), ("-n", "2")], ids=["alone", "two workers"])
 def test_without_a_gpu_or_a_browser_their_tests_are_counted_as_not_run_and_warnings_are_errors(
     tmp_path: Path, workers: tuple[str, ...]
 ) -> None:
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    (tmp_path / "src").symlink_to(ROOT / "src")
-    (tmp_path / "tests").mkdir()
-    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path / "tests")
-    (tmp_path / "tests" / "test_planted.py").write_text(PLANTED_TESTS)
-    blind = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"CUDA_VISIBLE_DEVICES": "", "PATH": ""}
-    args = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *workers]
-    run = subprocess.run(args, cwd=tmp_path, capture_output=True, text=True, env=blind)
+    blind = {"CUDA_VISIBLE_DEVICES": "", "PATH": ""}
+    run = planted(tmp_path, PLANTED_TESTS, *workers, without="TRITON_INTERPRET", **blind)
     assert run.returncode == 1
     assert "not run: 3 tests that need a CUDA device; kernels ran in the interpreter" in run.stdout
     assert "not run: 1 tests that need Chromium; none is installed" in run.stdout
@@ -152,16 +160,8 @@ def test_a_gpu_is_not_shared_by_workers(
 
 
 def test_a_worker_has_one_thread(tmp_path: Path) -> None:
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    (tmp_path / "src").symlink_to(ROOT / "src")
-    (tmp_path / "tests").mkdir()
-    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path / "tests")
-    (tmp_path / "tests" / "test_threads.py").write_text(
-        "import torch\ndef test_threads():\n    assert torch.get_num_threads() == 1\n"
-    )
-    env = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
-    args = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", "1"]
-    assert subprocess.run(args, cwd=tmp_path, env=env, capture_output=True).returncode == 0
+    tests = "import torch\ndef test_threads():\n    assert torch.get_num_threads() == 1\n"
+    assert planted(tmp_path, tests, "-n", "1", without="OMP_NUM_THREADS").returncode == 0
 
 
 @pytest.mark.parametrize(("letter", "drawn"), [("a", "7b225904"), ("b", "48844869")], ids=["a", "b"])
