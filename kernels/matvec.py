@@ -33,7 +33,7 @@ from exactmoe.kernels.packed import (
     scales_of,
     store_operand,
 )
-from exactmoe.kernels.prefetch import prefetch, spans
+from exactmoe.kernels.prefetch import Past, past_arguments, past_lines, prefetch, prefetch_past, spans
 from exactmoe.kernels.tensors import require_f32, slices
 
 _LATER = tl.constexpr(4)  # tensors that are fetched ahead where there is no guess
@@ -55,11 +55,13 @@ def matvec(
     residual: Tensor | None = None,
     guess: Guess | None = None,
     later: Sequence[Tensor] = (),
+    past: Past | None = None,
 ) -> Tensor:
     """y [sum N] of one or two matrices over the row x [K], normed first where asked, plus `residual` [sum N].
 
     In place of the row there may be its operand, i32, which another kernel has made; then there is no norm. A `guess`
-    is fetched ahead, or up to four tensors that the next kernel reads. Bit-equal to parity.reference.matvec.matvec."""
+    is fetched ahead, or up to four tensors that the next kernel reads; and a `past` by a kernel that makes its operand
+    itself, once its own weights are on their way. Bit-equal to parity.reference.matvec.matvec."""
     require(1 <= len(weights) <= 2, f"one or two matrices, got {len(weights)}")
     K = weights[0].k
     for w in weights:
@@ -67,6 +69,7 @@ def matvec(
     ready = x.dtype == torch.int32
     if ready:
         require(norm is None, "an operand is quantised already: it cannot be normed")
+        require(past is None, "a kernel whose operand is ready asks for no past: it has no time to")
         require(operand_slices(x, K) == slices(profile), f"the operand is not of profile {profile}")
     else:
         require_f32(x, "x", K)
@@ -88,15 +91,16 @@ def matvec(
         tensors, nbytes = spans(later, _LATER.value)
         rest = ahead[1 + len(tensors) :]  # of a guess's places
         ahead, sizes["LATER"] = (None, *tensors, *rest), (*nbytes, *(0,) * len(rest))
+    before, past_sizes = past_arguments(past)
     scratch = torch.empty(programs, words, dtype=torch.int32, device=x.device) if words else None
     _matvec_kernel[(programs,)](
         x, norm.weight if norm else None, norm.eps if norm else 0.0, residual, y, scratch,
-        *first.planes, *last.planes, *ahead,
+        *first.planes, *last.planes, *ahead, *before,
         NB=K // BLOCK, NB2=triton.next_power_of_2(K // BLOCK), N=first.n, N2=last.n if len(weights) == 2 else 0,
         FORMAT=first.format.ggml_id, FORMAT2=last.format.ggml_id, S=slices(profile), WORDS=words,
         READY=ready, BN=tile.rows, PARTS=parts, TILES=tile.tiles, LOOP=programs < sum(counts), AHEAD=tile.ahead,
         AHEAD2=min(tile.ahead, tile.tiles) if last.format.name != "Q4_K" else tile.ahead,
-        PROGRAMS=programs, WARPS=tile.warps, **sizes, num_warps=tile.warps,
+        PROGRAMS=programs, WARPS=tile.warps, **sizes, **past_sizes, num_warps=tile.warps,
         maxnreg=_REGISTERS if first.format != last.format else None, **DEPENDENT, **FAITHFUL,
     )  # fmt: skip
     return y
@@ -266,7 +270,7 @@ def _segment(
     NB: tl.constexpr, NB2: tl.constexpr, N: tl.constexpr, FORMAT: tl.constexpr, S: tl.constexpr, READY: tl.constexpr,
     BN: tl.constexpr, PARTS: tl.constexpr, TILES: tl.constexpr, LOOP: tl.constexpr, AHEAD: tl.constexpr,
     later, LATER: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, A: tl.constexpr, PROGRAMS: tl.constexpr,
-    WARPS: tl.constexpr,
+    WARPS: tl.constexpr, past, PAST_ROW: tl.constexpr, PAST_MOST: tl.constexpr,
 ):  # fmt: skip
     """Rows of one matrix, from the `pid`th BN * TILES on."""
     EVEN: tl.constexpr = N % (BN * TILES) == 0
@@ -281,10 +285,12 @@ def _segment(
     fetched = fetch(planes, (), start, n, 0, AHEAD, N, BN, TILES, NB, EACH, FORMAT, 0, EVEN)
     if A > 0:
         fetch_guess(pid, later, LATER, E, E2, A, PROGRAMS, WARPS)
+    lines = past_lines(past, PAST_ROW, PAST_MOST)
     finish_wait()
     release_next()
     if not READY:
         x = load_row(x_ptr, NB, NB2)
+        prefetch_past(past, lines, PAST_ROW, PAST_MOST, tl.program_id(0), PROGRAMS, 32 * WARPS)
         x = normed(x, norm, eps, NB * 256)
         store_operand(x, tl.zeros([NB2], tl.int32), tl.arange(0, NB2), at_ptr, NB, S, FORMAT == Q4_K)
         tl.debug_barrier()
@@ -325,14 +331,15 @@ def _matvec_kernel(
     x_ptr, norm_ptr, eps, residual_ptr, y_ptr, scratch_ptr,
     words_ptr, high_ptr, scales_ptr, d_ptr, words2_ptr, high2_ptr, scales2_ptr, d2_ptr,
     guess_ptr, later_ptr, later2_ptr, later3_ptr, later4_ptr, later5_ptr, later6_ptr, later7_ptr, later8_ptr,
-    later9_ptr, later10_ptr, later11_ptr, later12_ptr,
+    later9_ptr, later10_ptr, later11_ptr, later12_ptr, position_ptr, past_ptr,
     NB: tl.constexpr, NB2: tl.constexpr, N: tl.constexpr, N2: tl.constexpr,
     FORMAT: tl.constexpr, FORMAT2: tl.constexpr, S: tl.constexpr, WORDS: tl.constexpr, READY: tl.constexpr,
     BN: tl.constexpr, PARTS: tl.constexpr, TILES: tl.constexpr, LOOP: tl.constexpr, AHEAD: tl.constexpr,
     AHEAD2: tl.constexpr, LATER: tl.constexpr, E: tl.constexpr, E2: tl.constexpr, A: tl.constexpr,
-    PROGRAMS: tl.constexpr, WARPS: tl.constexpr,
+    PROGRAMS: tl.constexpr, WARPS: tl.constexpr, PAST_ROW: tl.constexpr, PAST_MOST: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
+    past = (position_ptr, past_ptr)
     planes = (words_ptr, high_ptr, scales_ptr, d_ptr)
     later = (
         guess_ptr, later_ptr, later2_ptr, later3_ptr, later4_ptr, later5_ptr, later6_ptr, later7_ptr, later8_ptr,
@@ -349,6 +356,7 @@ def _matvec_kernel(
         _segment(
             pid, planes, x_ptr, norm_ptr, eps, residual_ptr, y_ptr, at_ptr,
             NB, NB2, N, FORMAT, S, READY, BN, PARTS, TILES, LOOP, AHEAD, later, LATER, E, E2, A, PROGRAMS, WARPS,
+            past, PAST_ROW, PAST_MOST,
         )  # fmt: skip
     else:
         tl.static_assert(residual_ptr is None)
@@ -356,4 +364,5 @@ def _matvec_kernel(
         _segment(
             pid - tiles_before, planes2, x_ptr, norm_ptr, eps, None, y_ptr + N, at_ptr,
             NB, NB2, N2, FORMAT2, S, READY, BN, PARTS, TILES, LOOP, AHEAD2, later, LATER, E, E2, 0, PROGRAMS, WARPS,
+            past, PAST_ROW, PAST_MOST,
         )  # fmt: skip

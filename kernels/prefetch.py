@@ -1,9 +1,11 @@
-"""Weights of a later kernel on their way to the L2 cache, asked for by one that leaves the memory idle.
+"""What a later kernel reads, on its way to the L2 cache, asked for by one that leaves the memory idle.
 
 Nothing is computed and nothing waits: bits cannot depend on it."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -35,6 +37,49 @@ def prefetch(ptr, BYTES: tl.constexpr, part, PARTS: tl.constexpr, THREADS: tl.co
             line = part * share + own
             byte_ptr = ptr.to(tl.pointer_type(tl.int8), bitcast=True)
             _ask(byte_ptr + line.to(tl.int64) * _LINE, (own < share) & (line < lines))
+
+
+class Past(NamedTuple):
+    """Rows before a position that only the device knows."""
+
+    rows: Tensor  # [P, ...]
+    position: Tensor  # [1] i32
+    most: int  # rows that are asked for, from the first on
+
+
+def past_arguments(past: Past | None) -> tuple[tuple[Tensor | None, Tensor | None], dict[str, int]]:
+    """What a kernel that calls `prefetch_past` is given: its pointers, and its constants by name."""
+    if past is None:
+        return (None, None), {"PAST_ROW": 0, "PAST_MOST": 0}
+    require(past.rows.is_contiguous(), "what is fetched ahead must be contiguous")
+    require(past.position.dtype == torch.int32 and past.position.numel() == 1, "position must be one i32")
+    P = past.rows.shape[0]
+    require(0 < past.most, f"at least one row is fetched ahead, got {past.most}")
+    return (past.position, past.rows), {"PAST_ROW": past.rows.nbytes // P, "PAST_MOST": min(past.most, P)}
+
+
+@triton.jit
+def past_lines(past, ROW: tl.constexpr, MOST: tl.constexpr):
+    """Lines that `prefetch_past` asks for. It loads the position, so it is called before a wait."""
+    if _INTERPRETED or ROW == 0:
+        return 0
+    else:
+        return (tl.minimum(tl.load(past[0]), MOST) * ROW + _LINE - 1) // _LINE
+
+
+@triton.jit
+def prefetch_past(
+    past, lines, ROW: tl.constexpr, MOST: tl.constexpr, part, PARTS: tl.constexpr, THREADS: tl.constexpr,
+):  # fmt: skip
+    """Ask for share `part`, of PARTS, of the first `lines` lines of rows of ROW bytes, at most MOST of them.
+
+    A thread asks for a line at a time, and all programs together for lines side by side. `past` and the constants are
+    those of `past_arguments`."""
+    if not _INTERPRETED and ROW > 0:
+        byte_ptr = past[1].to(tl.pointer_type(tl.int8), bitcast=True)
+        for start in tl.static_range(0, (MOST * ROW + _LINE - 1) // _LINE, PARTS * THREADS):
+            line = start + part * THREADS + tl.arange(0, THREADS)
+            _ask(byte_ptr + line.to(tl.int64) * _LINE, line < lines)
 
 
 @triton.jit

@@ -18,11 +18,15 @@ from exactmoe.kernels.errors import require
 from exactmoe.kernels.guess import Guess
 from exactmoe.kernels.matvec import Norm, matvec
 from exactmoe.kernels.packed import PackedMatrix
+from exactmoe.kernels.prefetch import Past
 from exactmoe.kernels.router import RouterWeight
 
 if TYPE_CHECKING:
     from exactmoe.model.cache import KVCache
     from exactmoe.model.weights import Model
+
+
+_KEYS_AHEAD = 4224  # 4.3 MB of 4 kv heads of 128: what the memory delivers while q, k and v are computed
 
 
 class Stepped(NamedTuple):
@@ -83,7 +87,8 @@ class Decoder:
         # Many keys keep the memory busy: what is asked for ahead would hold them up.
         few = most <= keys_of_one_launch(kv)
         soon = [part[:most] for part in kv] if few else []
-        qkv = matvec(layer.qkv, x, model.profile, layer.attn_norm, later=soon)
+        past = None if few else Past(kv.k, self._position, _KEYS_AHEAD)
+        qkv = matvec(layer.qkv, x, model.profile, layer.attn_norm, later=soon, past=past)
         later = (*layer.attn_output.tensors, layer.router.q)
         heads, operand = decode_attention(
             qkv, layer.q_norm, layer.k_norm, cache.rope, kv, self._position, model.profile, later, most

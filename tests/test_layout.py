@@ -179,7 +179,7 @@ NOT_OPS = {
     "interpreter": "how fast the interpreter runs",
     "tensors": "containers and their checks",
     "guess": "which weights are on their way to the cache",
-    "prefetch": "weights on their way to the cache",
+    "prefetch": "what comes later, on its way to the cache",
     "tiles": "block sizes, which change no bit",
     "dependent": "how kernels of a decode step overlap",
     "ptx_lint": "judges the compiler's output",

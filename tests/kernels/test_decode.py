@@ -16,7 +16,7 @@ from exactmoe.kernels.kv_cache import KVLayer
 from exactmoe.kernels.matmul import matmul
 from exactmoe.kernels.matvec import Norm, matvec
 from exactmoe.kernels.packed import pack
-from exactmoe.kernels.prefetch import spans
+from exactmoe.kernels.prefetch import Past, past_arguments, spans
 from exactmoe.kernels.quantize import quantize
 from exactmoe.kernels.rope import RopeTable
 from exactmoe.kernels.router import RouterWeight
@@ -69,6 +69,34 @@ def test_what_is_guessed_and_fetched_ahead_changes_no_bit(experts: int, device: 
             assert matvec(weights, row, profile, None, residual, Guess(logits, matrices, top_k)).equal(plain)
     for later in ([guess], [row, guess, residual, x]):
         assert matvec(weights, row, profile, None, residual, later=later).equal(plain)
+
+
+@pytest.mark.parametrize("position", [0, 3, 70])
+@pytest.mark.parametrize("most", [1, 64, 1000])
+def test_a_past_that_is_fetched_ahead_changes_no_bit(most: int, position: int, device: torch.device) -> None:
+    weights, x, profile, norm, residual = Matvec(9, 512, "Q4_K", "q8_k", around="norm").on(device)
+    rows = torch.zeros(70, 3, 32, dtype=torch.int16, device=device)
+    past = Past(rows, torch.tensor([position], dtype=torch.int32, device=device), most)
+    plain = matvec(weights, x, profile, norm, residual)
+    assert matvec(weights, x, profile, norm, residual, past=past).equal(plain)
+
+
+def test_a_past_is_whole_rows_before_a_position_and_not_for_an_operand(device: torch.device) -> None:
+    position = torch.zeros(1, dtype=torch.int32, device=device)
+    rows = torch.zeros(70, 4, 32, dtype=torch.int16, device=device)
+    assert past_arguments(None) == ((None, None), {"PAST_ROW": 0, "PAST_MOST": 0})
+    assert past_arguments(Past(rows, position, 1000)) == ((position, rows), {"PAST_ROW": 256, "PAST_MOST": 70})
+    for wrong, match in (
+        (Past(rows[:, :2], position, 9), "contiguous"),
+        (Past(rows, position.long(), 9), "position must be one i32"),
+        (Past(rows, position.repeat(2), 9), "position must be one i32"),
+        (Past(rows, position, 0), "at least one row is fetched ahead, got 0"),
+    ):
+        with pytest.raises(InvalidInput, match=match):
+            past_arguments(wrong)
+    weights, x, profile, _, residual = Matvec(9, 512, "Q4_K", "q8_k", around="operand").on(device)
+    with pytest.raises(InvalidInput, match="asks for no past"):
+        matvec(weights, x, profile, None, residual, past=Past(rows, position, 9))
 
 
 def test_a_guess_is_the_next_router_s_word_on_this_row(device: torch.device) -> None:
