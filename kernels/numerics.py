@@ -146,6 +146,17 @@ def quantize_8(x):
 
 
 @triton.jit
+def quantize_8_unsigned(x):
+    """`quantize_8`, but with all codes and the scale negated where its scale is positive.
+
+    Their products are the same, and the sign of the largest magnitude need not be found. A product with zero may be -0
+    for 0, which no sum shows that begins with 0."""
+    top = tl.max(magnitude(x), axis=1)  # [M]
+    s, scale = factors_8(top, 0)
+    return codes_8(x, top[:, None], s[:, None]), scale
+
+
+@triton.jit
 def sign_key(x, mag, top, index):
     """A key whose minimum over a row tells the sign of its largest magnitude, of the first where several are equal.
 

@@ -9,7 +9,8 @@ the two is flipped: then code and high bits, two places up, are the signed byte 
 Activations: an `operand`, i32 [S * 68 * NB + NB] for NB blocks and S slices. A slice holds
     64 words a block    the codes, in order
      4 words a block    the sums of 32 codes, as i16
-and after the slices come the NB scales, f32.
+and after the slices come the NB scales, f32. Where Q8_K's scale is positive, it and the codes are negated: see
+numerics.quantize_8_unsigned.
 
 A block's integers are exact in i32: |S| <= 63 * 15 * 127 * 256 < 2^25 for Q4_K, and 4 * |S| <= 4 * 128 * 32 * 127 * 256
 < 2^29 for Q6_K."""
@@ -24,7 +25,7 @@ from torch import Tensor
 from exactmoe.kernels.errors import require
 from exactmoe.kernels.formats import BLOCK, QuantFormat, executable_format
 from exactmoe.kernels.launch import interpreting
-from exactmoe.kernels.numerics import quantize_8, quantize_15
+from exactmoe.kernels.numerics import quantize_8_unsigned, quantize_15
 from exactmoe.kernels.tensors import QuantMatrix
 
 _INTERPRETED = tl.constexpr(interpreting())
@@ -161,7 +162,7 @@ def store_operand(x, start, block, at_ptr, NB: tl.constexpr, S: tl.constexpr, SU
 
     A block from NB on is not stored, sums only for a format that takes them (`SUMS`)."""
     if S == 1:
-        q, scale = quantize_8(x)
+        q, scale = quantize_8_unsigned(x)
         _store_slice(q, start, block, at_ptr, NB, SUMS)
     else:
         v, scale = quantize_15(x)

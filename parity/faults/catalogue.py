@@ -534,6 +534,12 @@ FAULTS: tuple[Fault, ...] = (
         "most sums of 32 codes fit a byte",
     ),
     Fault(
+        "operand-negates-scales-alone", "decode_router", "packed",
+        "(row.reshape(len(sign), -1) * sign[:, None]).astype(np.int8)",
+        "row.reshape(len(sign), -1)",
+        "the scale is what must not be positive",
+    ),
+    Fault(
         "experts-up-by-id", "experts_up", "decode_experts",
         "chosen = route(routed.logits[None], top_k)",
         "chosen = route(routed.logits[None], top_k); chosen.expert.sort()",
