@@ -3,7 +3,8 @@ Promised order: as qk_norm_rope, append, attend and quantize, one after another.
 
 A program takes every PARTS-th tile of keys of one kv head, for HB of its query heads. Probabilities need the largest
 score of all keys, and outputs all parts, so there are three launches: scores, weighted values, and the sum of the
-parts. One tile needs only one.
+parts. One tile needs only one. Among the scores' programs the new key has one of its own, or a tile's would have to
+append it first, and all would wait for that one.
 
 Dots run on tensor cores, on slices; keys, and then the values' columns, are the rows, and a head's two slices are
 columns side by side, so that a thread has both. A query is 128h + l with l from -64 to 63, a key 128h + l with l from 0
@@ -114,13 +115,14 @@ def decode_attention(
     scores = tops = sums = None
     if not one:
         scores = torch.empty(heads, P, dtype=torch.float32, device=qkv.device)
-        tops = torch.empty(heads + G, tile.parts, dtype=torch.float32, device=qkv.device)
+        tops = torch.empty(heads + G, 1 + tile.parts, dtype=torch.float32, device=qkv.device)
         sums = torch.empty(heads * (C + 1) * tile.parts, dtype=torch.int64, device=qkv.device)
     words = HB * C2 // 2 + C2 // 2 + 3 * rows + 2
     words += words % 2  # what is i64 in it lies at a multiple of 8 bytes
-    scratch = torch.empty(groups * tile.parts, words, dtype=torch.int32, device=qkv.device)
+    programs = (groups, tile.parts if one else 1 + tile.parts)
+    scratch = torch.empty(programs[0] * programs[1], words, dtype=torch.int32, device=qkv.device)
     ahead, sizes_ahead = spans(later, _LATER.value)
-    _decode_scores_kernel[(groups, tile.parts)](
+    _decode_scores_kernel[programs](
         qkv, q_norm.weight, k_norm.weight, q_norm.eps, *rope, position, *kv,
         scratch, scores, tops, *out, *ahead, P,
         **sizes, RT=rows, WORDS=words, ONE=one, LATER=sizes_ahead, WARPS=tile.warps,
@@ -170,10 +172,14 @@ def _decode_scores_kernel(
     # The step before this one wrote them, so there is nothing to wait for; the new key and value come later.
     position = tl.load(position_ptr)
     count = 1  # tiles of keys
+    start = part * BK
     if not ONE:
-        count = position // BK + 1
+        count = _tiles_of(position, BK)
+        appends = part == 0  # and has no tile
+        part -= 1
+        start = tl.where(appends, P, part * BK)
     if part < count:
-        s = part * BK + tl.arange(0, BK)
+        s = start + tl.arange(0, BK)
         # All loads before what is made of one, which would be waited for before the next is on its way.
         # A warp has whole rows, each of a query beside the new key and value, and waits for no other.
         r = tl.arange(0, RT)
@@ -198,7 +204,7 @@ def _decode_scores_kernel(
         release_next()
         c = tl.arange(0, C2)[None, :]
         # What is known of the new token goes through memory: then it comes back in the layout that its use wants.
-        own_ptr = scratch_ptr + (group * PARTS + part) * WORDS
+        own_ptr = scratch_ptr + (tl.program_id(1) * tl.num_programs(0) + group) * WORDS
         dot_ptr = own_ptr.to(tl.pointer_type(tl.int64), bitcast=True)
         factor_ptr = (own_ptr + 2 * RT).to(tl.pointer_type(tl.float32), bitcast=True)
         scale_ptr = factor_ptr + RT
@@ -216,11 +222,10 @@ def _decode_scores_kernel(
         tl.store(q_ptr + C2 + slice_at, (q - 128 * high).to(tl.int8), (r < HB)[:, None])
         store_of_rows(factor_ptr + r, scale * reciprocal(tl.sqrt_rn(tl.full([RT], C, tl.float32))), r < HB)
         places = (k_ptr, ks_ptr, v_ptr, vs_ptr, dot_ptr, scale_ptr, new_ptr)
-        last = (count - 1) % PARTS == part
         if ONE:
             _append(q, key, turn_k, eps, value, places, position.to(tl.int64) * G + g, first, HB, C)
         else:  # noqa: PLR5501 - Triton decides the outer test when it compiles
-            if last:
+            if appends:
                 _append(q, key, turn_k, eps, value, places, position.to(tl.int64) * G + g, first, HB, C)
         tl.debug_barrier()
         j = tl.arange(0, HB)
@@ -244,26 +249,33 @@ def _decode_scores_kernel(
             head = g * PER + first + j
             top = tl.full([HB], float("-inf"), tl.float32)
             w = tl.zeros([HB], tl.float32)
-            if last:
+            if appends:
                 new_score, new_vs = _score_one(places, factor, j)
                 top, w = _marked(new_score, new_vs, own)
                 tl.store(scores_ptr + head.to(tl.int64) * P + position, new_score, own)
             score_ptr = scores_ptr + head[None, :].to(tl.int64) * P
             tile_top = _score_tile(score_ptr, slices, factor, (k_high, k_low, ks, vs), s, position, own)
             top, w = tl.maximum(top, tile_top), tl.maximum(w, wide)
-            for tile in range(part + PARTS, count, PARTS):
+            for tile in range(part + PARTS, tl.where(appends, 0, count), PARTS):
                 s = tile * BK + tl.arange(0, BK)
                 k, ks, vs = _load_keys(k_ptr, ks_ptr, vs_ptr, s, s < position, g, G, C, C2)
                 k_high, k_low = _slices(k)
                 tile_top = _score_tile(score_ptr, slices, factor, (k_high, k_low, ks, vs), s, position, own)
                 top, w = tl.maximum(top, tile_top), tl.maximum(w, _widest(vs))
-            tl.store(tops_ptr + head * PARTS + part, top, own)
-            tl.store(tops_ptr + (H + g) * PARTS + part + 0 * j, w, j == 0)
+            top_ptr = tops_ptr + 1 + part  # the new key's comes first
+            tl.store(top_ptr + head * (1 + PARTS), top, own)
+            tl.store(top_ptr + (H + g) * (1 + PARTS) + 0 * j, w, j == 0)
     else:
         if ONE:
             _fetch_later(later, LATER, part * tl.num_programs(0) + group, G * SPLIT * PARTS, 32 * WARPS)
         finish_wait()
         release_next()
+
+
+@triton.jit
+def _tiles_of(position, BK: tl.constexpr):
+    """Tiles that the keys before `position` take."""
+    return (position + BK - 1) // BK
 
 
 @triton.jit
@@ -498,16 +510,19 @@ def _store(
 
 
 @triton.jit
-def _largest(tops_ptr, head, own, active, H: tl.constexpr, PER: tl.constexpr, PARTS: tl.constexpr):
-    """Of each head [M], where `own`, the largest score by `_marked` and the largest scale of its values, from the
-    `active` parts. A head is a row of 32 parts at a time: it lies in one warp, which waits for no other."""
+def _largest(
+    tops_ptr, head, own, position, H: tl.constexpr, PER: tl.constexpr, PARTS: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Of each head [M], where `own`, the largest score by `_marked` and the largest scale of its values, from what the
+    scores' programs found. A head is a row of 32 of them at a time: it lies in one warp, which waits for no other."""
+    found = 1 + tl.minimum(_tiles_of(position, BK), PARTS)
     tops = tl.full([head.shape[0], 32], float("-inf"), tl.float32)
     wide = tl.zeros([head.shape[0], 32], tl.float32)
-    for start in tl.static_range(0, PARTS, 32):
+    for start in tl.static_range(0, 1 + PARTS, 32):
         i = start + tl.arange(0, 32)[None, :]
-        live = (i < active) & own[:, None]
-        tops = tl.maximum(tops, tl.load(tops_ptr + head[:, None] * PARTS + i, live, float("-inf")))
-        wide = tl.maximum(wide, tl.load(tops_ptr + (H + head // PER)[:, None] * PARTS + i, live, 0.0))
+        live = (i < found) & own[:, None]
+        tops = tl.maximum(tops, tl.load(tops_ptr + head[:, None] * (1 + PARTS) + i, live, float("-inf")))
+        wide = tl.maximum(wide, tl.load(tops_ptr + (H + head // PER)[:, None] * (1 + PARTS) + i, live, 0.0))
     return tl.max(tops, axis=1), tl.max(wide, axis=1)
 
 
@@ -557,7 +572,7 @@ def _decode_values_kernel(
         new_vs = tl.load(vs_ptr + slot + 0 * j, last & own, 0.0)
         new_score = tl.load(scores_ptr + head.to(tl.int64) * P + position, last & own, 0.0)
         issue(sums_ptr)
-        top, w = _largest(tops_ptr, head, own, active, H, PER, PARTS)
+        top, w = _largest(tops_ptr, head, own, position, H, PER, PARTS, BK)
         bad = top == float("inf")
         m = tl.where(bad, 0.0, top)
         valid = (own & (bad == 0))[None, :]
@@ -592,9 +607,10 @@ def _decode_combine_kernel(
     row = tl.program_id(0) * 8 + tl.arange(0, 8)
     head = row // (C2 // 32)
     own = head < H
-    active = tl.minimum(tl.load(position_ptr) // BK + 1, PARTS)
+    position = tl.load(position_ptr)
+    active = tl.minimum(position // BK + 1, PARTS)
     # The scores' launch wrote them, and has ended: the values' has waited for it.
-    top, w = _largest(tops_ptr, head, own, active, H, H // G, PARTS)
+    top, w = _largest(tops_ptr, head, own, position, H, H // G, PARTS, BK)
     bad = top == float("inf")
     c = (row % (C2 // 32) * 32)[:, None] + tl.arange(0, 32)[None, :]
     live = own[:, None] & (c < C)

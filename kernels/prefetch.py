@@ -84,11 +84,11 @@ def prefetch_past(
 
 @triton.jit
 def prefetch_rows(ptr, s, last, g, G: tl.constexpr, C: tl.constexpr):
-    """Ask for rows `s`, up to row `last`, of head `g` of G, of C elements of two bytes."""
+    """Ask for those of rows `s` that are not behind row `last`, of head `g` of G, of C elements of two bytes."""
     if not _INTERPRETED:
-        row_ptr = ptr + (tl.minimum(s, last).to(tl.int64) * G + g) * C
+        row_ptr = ptr + (s.to(tl.int64) * G + g) * C
         for at in tl.static_range(0, C, _LINE // 2):
-            _ask(row_ptr + at, s >= 0)
+            _ask(row_ptr + at, s <= last)
 
 
 @triton.jit
