@@ -4,6 +4,9 @@ A layer is six launches while attention has one tile of keys, and eight beyond; 
 so there are three graphs at most. Token and position live on the device: a step chooses the next token and moves on by
 itself."""
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -111,9 +114,22 @@ class Decoder:
         self._at = -1
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with collection_deferred(), torch.cuda.graph(graph):
             self._run(most)
         return graph, self.logits
+
+
+@contextmanager
+def collection_deferred() -> Iterator[None]:
+    """No garbage collection meanwhile: it may find another decoder's graph, and a graph that is destroyed while one is
+    captured ends the capture."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def moe_step(

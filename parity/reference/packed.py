@@ -1,8 +1,8 @@
 """One quantised activation row as one block of i32, the form in which fused kernels hand it on.
 
 For NB blocks and each slice: 64 words a block of codes, then 4 words a block of the sums of 32 codes, as i16. After the
-slices come the NB scales, f32. Where Q8_K's scale is positive, it and the codes are negated: products stay the same, and
-whoever quantises need not find the sign of the largest element."""
+slices come the NB scales, f32. Where Q8_K's scale is positive, it and the codes are negated: products stay the same,
+and whoever quantises need not find the sign of the largest element."""
 
 import numpy as np
 
