@@ -197,7 +197,6 @@ def _decode_scores_kernel(
         k_high, k_low = _slices(k)
         if not ONE:  # only now: what is asked for is in the way of keys that are waited for
             prefetch_rows(v_ptr, s, position, g, G, C)  # for the next launch, which cannot start before this one ends
-            prefetch_rows(k_ptr, s + PARTS * BK, position, g, G, C)
         wide = _widest(_load_scales(vs_ptr, s, s < position, g, G))  # anew: no barrier holds back what needs no memory
         if ONE:
             v_high, v_low = _carried_slices(tl.trans(v))
@@ -260,7 +259,6 @@ def _decode_scores_kernel(
             for tile in range(part + PARTS, tl.where(appends, 0, count), PARTS):
                 s = tile * BK + tl.arange(0, BK)
                 k, ks, vs = _load_keys(k_ptr, ks_ptr, vs_ptr, s, s < position, g, G, C, C2)
-                prefetch_rows(k_ptr, s + PARTS * BK, position, g, G, C)
                 k_high, k_low = _slices(k)
                 tile_top = _score_tile(score_ptr, slices, factor, (k_high, k_low, ks, vs), s, position, own)
                 top, w = tl.maximum(top, tile_top), tl.maximum(w, _widest(vs))
@@ -560,7 +558,6 @@ def _decode_values_kernel(
     active = tl.minimum(count, PARTS)
     s = part * BK + tl.arange(0, BK)
     v_high, v_low, vs = _load_values(v_ptr, vs_ptr, s, s < position, g, G, C, C2)
-    prefetch_rows(v_ptr, s + PARTS * BK, position, g, G, C)
     later = (later_ptr, later2_ptr, later3_ptr, later4_ptr, later5_ptr)
     _fetch_later(later, LATER, part * tl.num_programs(0) + group, G * SPLIT * PARTS, 32 * WARPS)
     finish_wait()
@@ -585,7 +582,6 @@ def _decode_values_kernel(
         for tile in range(part + PARTS, count, PARTS):
             s = tile * BK + tl.arange(0, BK)
             v_high, v_low, vs = _load_values(v_ptr, vs_ptr, s, s < position, g, G, C, C2)
-            prefetch_rows(v_ptr, s + PARTS * BK, position, g, G, C)
             seen = (s < position)[:, None] & valid
             score = tl.load(scores_ptr + head[None, :].to(tl.int64) * P + s[:, None], seen, 0.0)
             part_den, part_num = _weighted(score, seen, m[None, :], vs, w, v_high, v_low)
