@@ -33,12 +33,15 @@ from exactmoe.kernels.matvec import Norm, issue
 from exactmoe.kernels.numerics import (
     INF_BITS,
     P_ONE,
+    exponent,
     magnitude,
     nan_where,
+    pow2,
     quantize_15,
     quantize_pow2,
     reciprocal,
     round_even,
+    total,
 )
 from exactmoe.kernels.packed import operand_words, store_of_rows, store_operand
 from exactmoe.kernels.prefetch import prefetch, prefetch_rows, spans
@@ -444,10 +447,16 @@ def _dots(q, k_high, k_low):
 @triton.jit
 def _weights(score, seen, m, vs, w):
     """Probabilities and weights of keys as integers, i32; all have one shape. `vs` is the values' scale, `w` the
-    largest of the context."""
+    inverse of the largest of the context: they are powers of two, so the product with it is the quotient."""
     p = fixed_point(score, seen, m)
     vs = _finite(vs)  # a head that sees one not finite is `bad`
-    return round_even(p * P_ONE), round_even((p * tl.div_rn(vs, tl.where(w > 0.0, w, 1.0))) * P_ONE)
+    return round_even(p * P_ONE), round_even((p * (vs * w)) * P_ONE)
+
+
+@triton.jit
+def _inverse(w):
+    """1 / w of a power of two; 1 of 0."""
+    return pow2(0 - tl.where(w > 0.0, exponent(magnitude(w)), 0))
 
 
 @triton.jit
@@ -457,7 +466,7 @@ def _weighted(score, seen, m, vs, w, v_high, v_low):
     `vs` are the values' scales [BK], `w` [HB] is the largest of the context; the values [C2, BK] come as
     `_carried_slices`."""
     vs = tl.broadcast_to(vs[:, None], score.shape)
-    p, weight = _weights(score, seen, m, vs, tl.broadcast_to(w[None, :], score.shape))
+    p, weight = _weights(score, seen, m, vs, tl.broadcast_to(_inverse(w)[None, :], score.shape))
     high, low = (weight >> 10).to(tl.float16), (weight & 1023).to(tl.float16)
     if 2 * high.shape[1] == 8:
         hh, lh = _apart(tl.dot(v_high, _beside(high, low)))
@@ -465,13 +474,13 @@ def _weighted(score, seen, m, vs, w, v_high, v_low):
     else:  # more than eight columns would be one of the products whose sums no one promises to be exact
         hh, lh = tl.dot(v_high, high), tl.dot(v_high, low)
         hl, ll = tl.dot(v_low, high), tl.dot(v_low, low)
-    return tl.sum(p, axis=0), 128 * (1024 * _whole(hh) + _whole(lh)) + (1024 * _whole(hl) + _whole(ll))
+    return total(p, 0), 128 * (1024 * _whole(hh) + _whole(lh)) + (1024 * _whole(hl) + _whole(ll))
 
 
 @triton.jit
 def _weighted_one(score, seen, m, vs, w, v):
     """The same of one key: score, scale and the others [HB], its value i16 [C2]."""
-    p, weight = _weights(score, seen, m, vs, w)
+    p, weight = _weights(score, seen, m, vs, _inverse(w))
     return p, v.to(tl.int64)[:, None] * weight.to(tl.int64)[None, :]
 
 
