@@ -93,15 +93,15 @@ def exp(x):
 
 
 @triton.jit
-def most(x, axis: tl.constexpr):
-    """The largest of i32 x along `axis`, or of all of it if that is None.
+def largest(x, axis: tl.constexpr):
+    """The largest `magnitude` of f32 x along `axis`, or of all of it if that is None.
 
     Threads exchange what they have. `tl.max` of integers would be one instruction of a warp, but a multiprocessor
     does those one after another, and all of its warps come here at the same time."""
     if _INTERPRETED:
-        return tl.max(x, axis=axis)
+        return tl.max(magnitude(x), axis=axis)
     else:
-        return tl.reduce(x, axis, _larger)
+        return tl.reduce(magnitude(x), axis, _larger)
 
 
 @triton.jit
@@ -110,20 +110,8 @@ def _larger(a, b):
 
 
 @triton.jit
-def least(x, axis: tl.constexpr):
-    """The smallest of i32 x along `axis`, as `most` goes about it."""
-    return -1 - most(-1 - x, axis)
-
-
-@triton.jit
-def largest(x, axis: tl.constexpr):
-    """The largest `magnitude` of f32 x along `axis`, or of all of it if that is None."""
-    return most(magnitude(x), axis)
-
-
-@triton.jit
 def total(x, axis: tl.constexpr):
-    """The sum of i32 x along `axis`, as `most` goes about it."""
+    """The sum of i32 x along `axis`, as `largest` goes about it."""
     if _INTERPRETED:
         return tl.sum(x, axis=axis)
     else:

@@ -21,12 +21,10 @@ from exactmoe.kernels.numerics import (
     exponent,
     from_bits,
     largest,
-    least,
-    most,
+    magnitude,
     nan_where,
     pow2,
     round_even,
-    total,
 )
 from exactmoe.kernels.tensors import require_f32
 
@@ -170,11 +168,11 @@ def scores(logit, real, live, E: tl.constexpr, E2: tl.constexpr):
     `real` says which elements are logits, `live` which rows are tokens. Probabilities are not negative, so their bits
     order them."""
     inside = (tl.arange(0, E2) < E)[None, :]
-    bad = largest(logit, 1) >= INF_BITS  # [BT]
+    bad = tl.max(magnitude(logit), axis=1) >= INF_BITS  # [BT]
     logit = tl.where(bad[:, None], 0.0, logit)
     m = tl.max(tl.where(inside, logit, float("-inf")), axis=1)
     p = tl.where(real, exp(logit - m[:, None]), 0.0)
-    den = total(round_even(p * P_ONE), 1).to(tl.float32) * (1.0 / P_ONE)  # at most 2^10 terms of 2^20
+    den = tl.sum(round_even(p * P_ONE), axis=1).to(tl.float32) * (1.0 / P_ONE)  # at most 2^10 terms of 2^20
     den = tl.where(live, den, 1.0)[:, None]
     return tl.where(inside, bits_of(tl.div_rn(p, tl.broadcast_to(den, p.shape))), -1), bad
 
@@ -184,8 +182,8 @@ def take_best(key):
     """Probability and expert [BT] of the largest of `scores` [BT, E2], of equal ones the smaller; and the others'."""
     E2: tl.constexpr = key.shape[1]
     e = tl.arange(0, E2)[None, :]
-    top = most(key, 1)
-    expert = least(tl.where(key == top[:, None], e, E2), 1)
+    top = tl.max(key, axis=1)
+    expert = tl.min(tl.where(key == top[:, None], e, E2), axis=1)
     return from_bits(top), expert, tl.where(e == expert[:, None], -1, key)
 
 
@@ -200,16 +198,16 @@ def expert_of_rank(key, k):
     before = seen
     value = seen
     for _ in range(k + 1):
-        top = most(left, 1)
+        top = tl.max(left, axis=1)
         same = left == top[:, None]
-        count = total(same.to(tl.int32), 1)
+        count = tl.sum(same.to(tl.int32), axis=1)
         here = (seen <= k) & (k < seen + count)
         value, before = tl.where(here, top, value), tl.where(here, seen, before)
         seen += count
         left = tl.where(same, -1, left)
     same = key == value[:, None]
     place = (before - k)[:, None] + tl.cumsum(same.to(tl.int32), axis=1)  # of equal ones the smaller comes first
-    return most(tl.where(same & (place == 1), tl.arange(0, E2)[None, :], 0), 1)
+    return tl.max(tl.where(same & (place == 1), tl.arange(0, E2)[None, :], 0), axis=1)
 
 
 @triton.jit
