@@ -41,7 +41,6 @@ from exactmoe.kernels.numerics import (
     quantize_pow2,
     reciprocal,
     round_even,
-    total,
 )
 from exactmoe.kernels.packed import operand_words, store_of_rows, store_operand
 from exactmoe.kernels.prefetch import prefetch, prefetch_rows, spans
@@ -474,7 +473,7 @@ def _weighted(score, seen, m, vs, w, v_high, v_low):
     else:  # more than eight columns would be one of the products whose sums no one promises to be exact
         hh, lh = tl.dot(v_high, high), tl.dot(v_high, low)
         hl, ll = tl.dot(v_low, high), tl.dot(v_low, low)
-    return total(p, 0), 128 * (1024 * _whole(hh) + _whole(lh)) + (1024 * _whole(hl) + _whole(ll))
+    return tl.sum(p, axis=0), 128 * (1024 * _whole(hh) + _whole(lh)) + (1024 * _whole(hl) + _whole(ll))
 
 
 @triton.jit

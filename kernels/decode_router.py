@@ -17,7 +17,7 @@ from exactmoe.kernels.errors import require
 from exactmoe.kernels.formats import BLOCK
 from exactmoe.kernels.launch import FAITHFUL
 from exactmoe.kernels.matvec import Norm, block_index, load_norm, load_row, normed
-from exactmoe.kernels.numerics import INF_BITS, exponent, largest, nan_where, pow2, round_even
+from exactmoe.kernels.numerics import INF_BITS, exponent, magnitude, nan_where, pow2, round_even
 from exactmoe.kernels.packed import operand_words, store_operand
 from exactmoe.kernels.router import RouterWeight, router_bits
 from exactmoe.kernels.tensors import require_f32, slices
@@ -99,7 +99,7 @@ def _decode_router_kernel(
         finish_wait()
         release_next()
         x = normed(load_row(x_ptr, NB, NB2), norm, eps, D)
-        top = largest(x, None)
+        top = tl.max(magnitude(x))
         bad = top >= INF_BITS
         ex = tl.where(bad, 0, tl.maximum(exponent(top), -100)) + tl.zeros([1, 1], tl.int32)
         fixed = round_even(tl.where(bad, 0.0, x) * pow2(BITS - 1 - ex)).to(tl.int64)

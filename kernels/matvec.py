@@ -18,7 +18,7 @@ from exactmoe.kernels.errors import require
 from exactmoe.kernels.formats import BLOCK
 from exactmoe.kernels.guess import Guess, fetch_guess, guess_arguments
 from exactmoe.kernels.launch import FAITHFUL
-from exactmoe.kernels.numerics import bits_of, fixed_point_23, from_bits, inverse_rms_of, largest
+from exactmoe.kernels.numerics import bits_of, fixed_point_23, from_bits, inverse_rms_of, magnitude
 from exactmoe.kernels.packed import (
     Q4_K,
     PackedMatrix,
@@ -135,7 +135,7 @@ def load_row(x_ptr, NB: tl.constexpr, NB2: tl.constexpr):
 def normed(x, weight, eps, K: tl.constexpr):
     """The row of `load_row`, of K elements, RMS-normed; as it is if the norm's weight is None."""
     if weight is not None:
-        top = largest(x, None) + tl.zeros([1, 1], tl.int32)  # a number, so that no layout is in the way
+        top = tl.max(magnitude(x)) + tl.zeros([1, 1], tl.int32)  # a number, so that no layout is in the way
         i = fixed_point_23(x, top)
         r = inverse_rms_of(tl.sum(i * i) + tl.zeros([1, 1], tl.int64), top, K, eps)
         x = (x * r) * weight

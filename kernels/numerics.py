@@ -8,9 +8,6 @@ import struct
 import triton
 import triton.language as tl
 
-from exactmoe.kernels.launch import interpreting
-
-_INTERPRETED = tl.constexpr(interpreting())
 INF_BITS = tl.constexpr(0x7F800000)  # bits of +inf; larger magnitudes are NaN
 NAN_BITS = tl.constexpr(0x7FC00000)  # the one NaN
 TINY_BITS = tl.constexpr((127 - 100) << 23)  # 2^-100: groups below it quantise to zero
@@ -93,37 +90,6 @@ def exp(x):
 
 
 @triton.jit
-def largest(x, axis: tl.constexpr):
-    """The largest `magnitude` of f32 x along `axis`, or of all of it if that is None.
-
-    Threads exchange what they have. `tl.max` of integers would be one instruction of a warp, but a multiprocessor
-    does those one after another, and all of its warps come here at the same time."""
-    if _INTERPRETED:
-        return tl.max(magnitude(x), axis=axis)
-    else:
-        return tl.reduce(magnitude(x), axis, _larger)
-
-
-@triton.jit
-def _larger(a, b):
-    return tl.where(a > b, a, b)
-
-
-@triton.jit
-def total(x, axis: tl.constexpr):
-    """The sum of i32 x along `axis`, as `largest` goes about it."""
-    if _INTERPRETED:
-        return tl.sum(x, axis=axis)
-    else:
-        return tl.reduce(x, axis, _together)
-
-
-@triton.jit
-def _together(a, b):
-    return a - (0 - b)  # a plain sum would be that instruction
-
-
-@triton.jit
 def reciprocal(x):
     """1 / x, correctly rounded."""
     return tl.div_rn(tl.full(x.shape, 1.0, tl.float32), x)
@@ -138,7 +104,7 @@ def swiglu_of(gate, up):
 @triton.jit
 def inverse_rms(x, WIDTH: tl.constexpr, eps):
     """1 / sqrt(mean(x^2) + eps) of each row of f32 [M, W], zero beyond WIDTH; the mean is a sum of integers."""
-    top = largest(x, 1)  # [M]
+    top = tl.max(magnitude(x), axis=1)  # [M]
     i = fixed_point_23(x, top[:, None])
     return inverse_rms_of(tl.sum(i * i, axis=1), top, WIDTH, eps)
 
@@ -172,8 +138,9 @@ def inverse_rms_of(squares, top, WIDTH: tl.constexpr, eps):
 def quantize_8(x):
     """Each row of f32 [M, W] as i32 in -127..127 and one f32 scale, by ggml's Q8_K rule."""
     W: tl.constexpr = x.shape[1]
-    top = largest(x, 1)  # [M]
-    key = sign_key(x, magnitude(x), top[:, None], tl.arange(0, W)[None, :])
+    mag = magnitude(x)
+    top = tl.max(mag, axis=1)  # [M]
+    key = sign_key(x, mag, top[:, None], tl.arange(0, W)[None, :])
     s, scale = factors_8(top, tl.min(key, axis=1))
     return codes_8(x, top[:, None], s[:, None]), scale
 
@@ -184,7 +151,7 @@ def quantize_8_unsigned(x):
 
     Their products are the same, and the sign of the largest magnitude need not be found. A product with zero may be -0
     for 0, which no sum shows that begins with 0."""
-    top = largest(x, 1)  # [M]
+    top = tl.max(magnitude(x), axis=1)  # [M]
     s, scale = factors_8(top, 0)
     return codes_8(x, top[:, None], s[:, None]), scale
 
@@ -221,7 +188,7 @@ def codes_8(x, top, s):
 @triton.jit
 def quantize_15(x):
     """Each row of f32 [M, W] as i32 in -16256..16256 and one f32 scale amax/16256."""
-    top = largest(x, 1)  # [M]
+    top = tl.max(magnitude(x), axis=1)  # [M]
     s, scale = factors_15(top)
     return codes_15(x, top[:, None], s[:, None]), scale
 
@@ -245,7 +212,7 @@ def codes_15(x, top, s):
 @triton.jit
 def quantize_pow2(x):
     """Each row of f32 [M, W] as i32 in -8192..8192 and one power-of-two f32 scale."""
-    top = largest(x, 1)  # [M]
+    top = tl.max(magnitude(x), axis=1)  # [M]
     s, scale = factors_pow2(top)
     return codes_15(x, top[:, None], s[:, None]), scale  # below 2^13 + 1, so the limit of 15 bits changes none
 

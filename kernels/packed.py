@@ -25,7 +25,7 @@ from torch import Tensor
 from exactmoe.kernels.errors import require
 from exactmoe.kernels.formats import BLOCK, QuantFormat, executable_format
 from exactmoe.kernels.launch import interpreting
-from exactmoe.kernels.numerics import quantize_8_unsigned, quantize_15, total
+from exactmoe.kernels.numerics import quantize_8_unsigned, quantize_15
 from exactmoe.kernels.tensors import QuantMatrix
 
 _INTERPRETED = tl.constexpr(interpreting())
@@ -188,7 +188,7 @@ def _store_slice(q, start, block, at_ptr, NB: tl.constexpr, SUMS: tl.constexpr):
     byte_ptr = at_ptr.to(tl.pointer_type(tl.int8), bitcast=True)
     tl.store(byte_ptr + start * 4 + at * 256 + tl.arange(0, 256)[None, :], q.to(tl.int8), live)
     if SUMS:
-        sums = total(tl.reshape(q, [q.shape[0], 8, 32]), 2)
+        sums = tl.sum(tl.reshape(q, [q.shape[0], 8, 32]), axis=2)
         sum_ptr = (at_ptr + 64 * NB).to(tl.pointer_type(tl.int16), bitcast=True)
         # Four times over, as a row of 32: then they need not go to another layout.
         i = tl.arange(0, 32)[None, :]

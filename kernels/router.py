@@ -20,7 +20,6 @@ from exactmoe.kernels.numerics import (
     exp,
     exponent,
     from_bits,
-    largest,
     magnitude,
     nan_where,
     pow2,
@@ -106,7 +105,7 @@ def _prepare_kernel(w_ptr, q_ptr, scale_ptr, D: tl.constexpr, W: tl.constexpr, B
     e = tl.program_id(0)
     j = tl.arange(0, W)
     w = tl.load(w_ptr + e.to(tl.int64) * D + j, j < D, 0.0)[None, :]
-    ex = tl.maximum(exponent(largest(w, 1)), -100)
+    ex = tl.maximum(exponent(tl.max(magnitude(w), axis=1)), -100)
     tl.store(q_ptr + e.to(tl.int64) * D + j[None, :], round_even(w * pow2(BITS - 1 - ex)[:, None]), (j < D)[None, :])
     tl.store(scale_ptr + e + tl.arange(0, 1), pow2(ex + 1 - BITS))
 
@@ -123,7 +122,7 @@ def _logits_kernel(
     for at in range(0, D, BK):
         k = at + tl.arange(0, BK)
         x = tl.load(x_ptr + row + k[None, :], (t < T)[:, None] & (k < D)[None, :], 0.0)
-        top = tl.maximum(top, largest(x, 1))
+        top = tl.maximum(top, tl.max(magnitude(x), axis=1))
     bad = top >= INF_BITS
     ex = tl.where(bad, 0, tl.maximum(exponent(top), -100))
     up = pow2(BITS - 1 - ex)[:, None]
