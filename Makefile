@@ -3,7 +3,7 @@ PYTHON ?= python3
 ARGS ?=
 EVIDENCE := build/evidence.json
 # A file's tests stay together, with their fixtures, until a worker is out of work: then it takes half of another's.
-ALL_TESTS := -n logical --dist worksteal -p exactmoe.contracts.recorder --record-evidence $(EVIDENCE)
+ALL_TESTS := -n logical --dist worksteal --benchmark-disable -p exactmoe.contracts.recorder --record-evidence $(EVIDENCE)
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
