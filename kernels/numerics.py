@@ -135,24 +135,19 @@ def inverse_rms_of(squares, top, WIDTH: tl.constexpr, eps):
 
 
 @triton.jit
-def quantize_8(x):
-    """Each row of f32 [M, W] as i32 in -127..127 and one f32 scale, by ggml's Q8_K rule."""
+def quantize_8(x, SIGN: tl.constexpr = True):
+    """Each row of f32 [M, W] as i32 in -127..127 and one f32 scale, by ggml's Q8_K rule.
+
+    Without SIGN all codes and the scale are negated where the scale is positive. Their products are the same, and the
+    sign of the largest magnitude need not be found. A product with zero may be -0 for 0, which no sum shows that begins
+    with 0."""
     W: tl.constexpr = x.shape[1]
     mag = magnitude(x)
     top = tl.max(mag, axis=1)  # [M]
-    key = sign_key(x, mag, top[:, None], tl.arange(0, W)[None, :])
-    s, scale = factors_8(top, tl.min(key, axis=1))
-    return codes_8(x, top[:, None], s[:, None]), scale
-
-
-@triton.jit
-def quantize_8_unsigned(x):
-    """`quantize_8`, but with all codes and the scale negated where its scale is positive.
-
-    Their products are the same, and the sign of the largest magnitude need not be found. A product with zero may be -0
-    for 0, which no sum shows that begins with 0."""
-    top = tl.max(magnitude(x), axis=1)  # [M]
-    s, scale = factors_8(top, 0)
+    key = 0
+    if SIGN:
+        key = tl.min(sign_key(x, mag, top[:, None], tl.arange(0, W)[None, :]), axis=1)
+    s, scale = factors_8(top, key)
     return codes_8(x, top[:, None], s[:, None]), scale
 
 

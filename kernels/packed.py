@@ -10,7 +10,7 @@ Activations: an `operand`, i32 [S * 68 * NB + NB] for NB blocks and S slices. A 
     64 words a block    the codes, in order
      4 words a block    the sums of 32 codes, as i16
 and after the slices come the NB scales, f32. Where Q8_K's scale is positive, it and the codes are negated: see
-numerics.quantize_8_unsigned.
+numerics.quantize_8.
 
 A block's integers are exact in i32: |S| <= 63 * 15 * 127 * 256 < 2^25 for Q4_K, and 4 * |S| <= 4 * 128 * 32 * 127 * 256
 < 2^29 for Q6_K."""
@@ -25,7 +25,7 @@ from torch import Tensor
 from exactmoe.kernels.errors import require
 from exactmoe.kernels.formats import BLOCK, QuantFormat, executable_format
 from exactmoe.kernels.launch import interpreting
-from exactmoe.kernels.numerics import quantize_8_unsigned, quantize_15
+from exactmoe.kernels.numerics import quantize_8, quantize_15
 from exactmoe.kernels.tensors import QuantMatrix
 
 _INTERPRETED = tl.constexpr(interpreting())
@@ -162,7 +162,7 @@ def store_operand(x, start, block, at_ptr, NB: tl.constexpr, S: tl.constexpr, SU
 
     A block from NB on is not stored, sums only for a format that takes them (`SUMS`)."""
     if S == 1:
-        q, scale = quantize_8_unsigned(x)
+        q, scale = quantize_8(x, SIGN=False)
         _store_slice(q, start, block, at_ptr, NB, SUMS)
     else:
         v, scale = quantize_15(x)

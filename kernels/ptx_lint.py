@@ -485,6 +485,7 @@ def _decode_ops(
     from exactmoe.kernels.kv_cache import KVLayer
     from exactmoe.kernels.matvec import Norm, matvec
     from exactmoe.kernels.packed import PackedMatrix, operand_words, pack
+    from exactmoe.kernels.prefetch import Past
     from exactmoe.kernels.rope import RopeTable
     from exactmoe.kernels.router import RouterWeight
     from exactmoe.kernels.tensors import PROFILES, quant_matrix, slices
@@ -508,6 +509,7 @@ def _decode_ops(
         for qkv in ([packed("Q4_K", D, (H + 2 * G) * C)], [packed("Q4_K", D, (H + G) * C), packed("Q6_K", D, G * C)]):
             yield partial(matvec, qkv, f32(D), profile, norm)
             yield partial(matvec, qkv, f32(D), profile, norm, later=[part[:128] for part in kv])
+            yield partial(matvec, qkv, f32(D), profile, norm, past=Past(k, one, P))
         read = f32((H + 2 * G) * C), head_norm, head_norm, rope, kv, one, profile, later
         yield partial(decode_attention, *read)
         yield partial(decode_attention, *read, 128)
