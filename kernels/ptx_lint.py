@@ -478,6 +478,7 @@ def _decode_ops(
 ) -> Iterator[Callable[[], object]]:
     """The ops of a decode step."""
     from exactmoe.kernels.argmax import choose
+    from exactmoe.kernels.cursor import place
     from exactmoe.kernels.decode_attention import decode_attention
     from exactmoe.kernels.decode_experts import Activated, experts_down, experts_up
     from exactmoe.kernels.decode_router import NextLayer, Routed, decode_router
@@ -504,6 +505,8 @@ def _decode_ops(
     router = RouterWeight(torch.empty(E, D, dtype=torch.int32), f32(E))
     later = (*dense.tensors, router.q)
     yield partial(choose, f32(37 * V), one, one)  # in parts
+    yield partial(place, one, one, 1)
+    yield partial(place, one, one, 1, one)
     gate = packed("Q4_K", D, E, F)
     for profile in PROFILES:
         for qkv in ([packed("Q4_K", D, (H + 2 * G) * C)], [packed("Q4_K", D, (H + G) * C), packed("Q6_K", D, G * C)]):

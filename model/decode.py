@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from exactmoe.kernels.argmax import choose
+from exactmoe.kernels.cursor import place
 from exactmoe.kernels.decode_attention import decode_attention, keys_of_one_launch
 from exactmoe.kernels.decode_experts import experts_down, experts_up
 from exactmoe.kernels.decode_router import NextLayer, decode_router
@@ -58,10 +59,8 @@ class Decoder:
         most = next((keys for keys in (one // 2, one) if cache.length < keys < cache.capacity), cache.capacity)
         if most not in self._graphs and self._model.device.type == "cuda":
             self._graphs[most] = self._capture(most)
-        if self._at != cache.length:
-            self._position.fill_(cache.length)
-        if token is not None:
-            self.token.copy_(token)
+        if self._at != cache.length or token is not None:
+            place(self.token, self._position, cache.length, token)
         if most in self._graphs:
             graph, self.logits = self._graphs[most]
             graph.replay()
@@ -108,7 +107,7 @@ class Decoder:
 
         Kernels are compiled by a run beforehand, whose every effect the first step repeats."""
         token = self.token.clone()
-        self._position.fill_(self._cache.length)
+        place(self.token, self._position, self._cache.length)
         self._run(most)
         self.token.copy_(token)
         self._at = -1

@@ -7,6 +7,7 @@ import torch
 
 from exactmoe.bench.layers import MoeStep
 from exactmoe.kernels.argmax import argmax, choose
+from exactmoe.kernels.cursor import place
 from exactmoe.kernels.decode_attention import decode_attention, keys_of_one_launch
 from exactmoe.kernels.decode_router import NextLayer, decode_router
 from exactmoe.kernels.errors import InvalidInput
@@ -182,3 +183,11 @@ def test_a_choice_moves_on_by_one(device: torch.device) -> None:
     token, position = (torch.tensor([i], dtype=torch.int32, device=device) for i in (9, 41))
     choose(logits, token, position)
     assert (token.item(), position.item()) == (int(argmax(logits[None])[0]), 42) == (1, 42)
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, 9), (7, 7), (0, 0)])
+@pytest.mark.parametrize("at", [0, 1, 4096, 2**31 - 1])
+def test_a_step_is_placed_where_it_is_said(at: int, given: int | None, expected: int, device: torch.device) -> None:
+    token, position = (torch.tensor([i], dtype=torch.int32, device=device) for i in (9, 41))
+    place(token, position, at, None if given is None else torch.tensor([given], dtype=torch.int32, device=device))
+    assert (token.item(), position.item()) == (expected, at)

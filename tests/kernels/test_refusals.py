@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from exactmoe.kernels.argmax import argmax
+from exactmoe.kernels.cursor import place
 from exactmoe.kernels.attention import attend, attention_scores, attention_softmax
 from exactmoe.kernels.combine import combine
 from exactmoe.kernels.dispatch import Dispatch, dispatch
@@ -123,6 +124,11 @@ REFUSALS: dict[str, tuple[Callable[[], object], str]] = {
     "add shapes": (lambda: add(f32(2, 4), f32(2, 5)), r"b must have shape \[2, 4\], got \[2, 5\]"),
     "argmax nothing": (lambda: argmax(f32(2, 0)), "at least one column"),
     "argmax i32": (lambda: argmax(ints(2, 3)), "logits must be f32, got torch.int32"),
+    "place two": (lambda: place(ints(2), ints(1), 0), "^token must be one i32"),
+    "place f32": (lambda: place(ints(1), f32(1), 0), "^position must be one i32"),
+    "place i64": (lambda: place(ints(1), ints(1), 0, ints(1, dtype=torch.int64)), "given token must be one i32"),
+    "place below": (lambda: place(ints(1), ints(1), -1), "position must lie in i32, got -1"),
+    "place beyond": (lambda: place(ints(1), ints(1), 1 << 31), "position must lie in i32, got 2147483648"),
 }  # fmt: skip
 
 

@@ -5,9 +5,11 @@ import weakref
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from exactmoe.bench.step import prepare
 from exactmoe.model.decode import Decoder, collection_deferred
@@ -61,3 +63,45 @@ def test_garbage_waits_until_a_step_is_captured(
     gc.enable()
     decoder._capture(128)
     assert alive == [False, True]  # of the run beforehand, and of the one that is captured
+
+
+class Operators(TorchDispatchMode):
+    """Names of torch's operators that are called meanwhile; kernels of this package are none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_between_replays_there_is_no_kernel_that_may_not_overlap(
+    model_file: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the replays that follow are slower on an H100: torch's operators launch such kernels."""
+    sequence = prepare(load_model(model_file, device), 3, 4)
+    decoder, cache = sequence.decoder, sequence.cache
+    done: list[object] = []
+
+    class Graph:
+        def replay(self) -> None:
+            done.append("replay")
+
+    def placed(*args: object) -> None:
+        assert args[:2] == (decoder.token, decoder._position)
+        done.append(args[2:])
+
+    decoder._graphs = {most: (Graph(), decoder.logits) for most in range(cache.capacity + 1)}  # type: ignore[misc]
+    monkeypatch.setattr("exactmoe.model.decode.place", placed)
+    token = torch.tensor([5], dtype=torch.int32, device=device)
+    with Operators() as operators:
+        decoder.step(token)
+        decoder.step()
+        cache.length = 2
+        decoder.step()
+        assert set(operators.names) <= {"aten.select.int"}  # a view of a layer's cache
+        decoder.token.fill_(9)
+    assert "aten.fill_.Scalar" in operators.names
+    assert done == [(3, token), "replay", "replay", (2, None), "replay"]
