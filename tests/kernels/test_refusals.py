@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from exactmoe.kernels.argmax import argmax
-from exactmoe.kernels.cursor import place
 from exactmoe.kernels.attention import attend, attention_scores, attention_softmax
 from exactmoe.kernels.combine import combine
+from exactmoe.kernels.cursor import place
 from exactmoe.kernels.dispatch import Dispatch, dispatch
 from exactmoe.kernels.embedding import embed
 from exactmoe.kernels.errors import InvalidInput
