@@ -2,8 +2,12 @@
 
 Each pair of times gives a ratio, so that what the machine does meanwhile falls on both; two pairs, A B and B A, give
 the mean of their logarithms, so that being asked first falls on both too. The run is cut into `STRETCHES`, and a median
-taken of each. The ratio is the mean of the medians, with Student's interval over the stretches: slower or faster where
-that leaves out 1 and the ratio is further from it than `SAME`; else the same.
+taken of each. Before each, both sides let go of their memory, and take other; who takes first alternates, and so two
+neighbouring stretches are one number. The ratio is the mean of these, with Student's interval over them: slower or
+faster where that leaves out 1 and the ratio is further from it than `SAME`; else the same.
+
+Where its memory lies makes a kernel of some microseconds 1% slower or faster, and with it the side that always comes
+second: seen on an H100, see bench/NOTES.md.
 
 Neighbouring times are alike on a real machine. A bootstrap of single pairs takes them for independent: with 40 pairs
 and noise of 2% whose neighbours correlate by 0.8 it cried at three in ten equal sides. Stretches longer than the
@@ -16,18 +20,20 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from exactmoe.bench.worker import RENEW
 from exactmoe.kernels.errors import InvalidInput, MissingEnvironment, require
 
-PAIRS = 240
+PAIRS = 480
 PAIRS_OF_STEPS = 40  # a run of 128 steps takes as long as hundreds of kernels
-STRETCHES = 10
+STRETCHES = 20
 SAME = 0.01  # a ratio closer to 1 is no difference, however sure
-_STUDENT = 3.250  # 99% of a t of STRETCHES - 1 degrees of freedom lies within
+_STUDENT = 3.250  # 99% of a t of STRETCHES / 2 - 1 degrees of freedom lies within
 
 Ask = Callable[[str], dict[str, Any]]
 
@@ -73,30 +79,34 @@ def compare(names: Sequence[str], other: Ask, this: Ask, pairs: int = PAIRS) -> 
 def _compare(name: str, other: Ask, this: Ask, pairs: int) -> Verdict:
     times: tuple[list[float], list[float]] = ([], [])
     digests: list[str] = []
-    planted = None
-    for i in range(-2, pairs):  # two pairs warm up
-        for side in (0, 1) if i % 2 == 0 else (1, 0):
+    planted: list[float] = []
+    for stretch, i in product(range(STRETCHES), range(-2, pairs // STRETCHES)):  # two pairs warm up
+        if i == -2:
+            for ask in (other, this):
+                ask(RENEW)  # an older revision may have no such name, and keeps what it has
+        for side in (0, 1) if (stretch + i) % 2 == 0 else (1, 0):
             answer = (other, this)[side](name)
             where = ("the other revision", "this revision")[side]
             if "error" in answer:
                 return Verdict(name, "missing", why=f"{where}: {answer['error']}")
-            planted = answer.get("planted", planted)
             if not answer["equal"]:
                 return Verdict(name, "wrong", why=f"{where}: not the reference's bits, so it has no speed")
             if i < 0:
                 digests.append(answer["digest"])
+                planted += [answer["planted"]] if "planted" in answer else []
             else:
                 times[side].append(answer["us"])
     found = judge(name, times[0], times[1], len(set(digests)) > 1)
-    return replace(found, planted=planted)
+    return replace(found, planted=float(np.median(planted)) if planted else None)
 
 
 def judge(name: str, before: Sequence[float], after: Sequence[float], numbers_changed: bool) -> Verdict:
-    """The verdict on pairs of times, asked in turn; at least 2 * STRETCHES of them, an even number."""
-    require(len(before) % 2 == 0 and len(before) >= 2 * STRETCHES, f"{len(before)} pairs are odd or too few")
-    logs = np.log(np.array(after) / np.array(before))
-    medians = [np.median(part) for part in np.array_split((logs[::2] + logs[1::2]) / 2, STRETCHES)]
-    middle, half = float(np.mean(medians)), _STUDENT * float(np.std(medians, ddof=1)) / STRETCHES**0.5
+    """The verdict on pairs of times, asked in turn, as many in each stretch, and an even number."""
+    each, rest = divmod(len(before), 2 * STRETCHES)
+    require(each > 0 and rest == 0, f"{len(before)} pairs are not an even number in each of {STRETCHES} stretches")
+    logs = np.log(np.array(after) / np.array(before)).reshape(STRETCHES, each, 2)
+    turns = np.median(logs.mean(axis=2), axis=1).reshape(-1, 2).mean(axis=1)
+    middle, half = float(np.mean(turns)), _STUDENT * float(np.std(turns, ddof=1)) / len(turns) ** 0.5
     low, ratio, high = (float(np.exp(x)) for x in (middle - half, middle, middle + half))
     sure = not low <= 1 <= high and abs(ratio - 1) > SAME
     verdict = "same" if not sure else "slower" if ratio > 1 else "faster"

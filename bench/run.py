@@ -102,19 +102,18 @@ def measure(bench: Bench, device: torch.device, roofs: Roofs) -> Row:
     judged = judge(bench.case, device)
     cold, warm = None, None
     if judged[0]:
-        calls = list(calls_of(bench, device))
+        calls = list(calls_of(bench, bench.case.on(device)))
         cold, warm = time_graph(calls), time_graph(calls[:1])
     return Row.of(bench.name, str(bench.case), bench.tokens, judged, cold, roofs, bench.weight_bytes, bench.flops, warm)
 
 
-def calls_of(bench: Bench, device: torch.device) -> Iterator[Callable[[], object]]:
+def calls_of(bench: Bench, args: Sequence[Any]) -> Iterator[Callable[[], object]]:
     """The call on as many copies of its arguments as the cache takes four times, and at least two."""
     op = kernel(bench.case)
     copies = max(2, min(_COPIES, -(-4 * _CACHE_BYTES // max(bench.weight_bytes, 1))))
-    first = bench.case.on(device)
-    for i in range(copies):
-        args = deepcopy(first) if i else first  # made once: numbers take longer than the copies
-        yield lambda args=args: op(*args)  # type: ignore[misc]
+    for _ in range(copies):
+        own = deepcopy(args)
+        yield lambda own=own: op(*own)  # type: ignore[misc]
 
 
 def run(

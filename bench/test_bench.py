@@ -36,7 +36,7 @@ def test_bench(bench: Bench, cuda: torch.device, benchmark) -> None:  # type: ig
     """Judge, then time."""
     equal, digest = judge(bench.case, cuda)
     assert equal, "its bits are not the reference's, so it has no speed"
-    calls = list(calls_of(bench, cuda))
+    calls = list(calls_of(bench, bench.case.on(cuda)))
     graph = capture(calls)
     benchmark.extra_info |= {"calls": len(calls), "weight_bytes": bench.weight_bytes, "digest": digest}
     benchmark.pedantic(graph.replay, rounds=20, warmup_rounds=2)

@@ -86,7 +86,7 @@ def tune(bench: Bench, device: torch.device, function: str, candidates: Sequence
             try:
                 found = kernel_output(bench.case, device)
                 equal = found.keys() == expected.keys() and all(compare(n, found[n], expected[n]).equal for n in found)
-                calls = calls or list(calls_of(bench, device))
+                calls = calls or list(calls_of(bench, bench.case.on(device)))
                 yield Tried(tile, equal, time_graph(calls) if equal else None)
             except Exception as error:  # one that asks for too much of the device is no candidate
                 yield Tried(tile, equal=True, why=f"{type(error).__name__}: {str(error).splitlines()[0][:90]}")
@@ -98,7 +98,7 @@ def _compile(task: tuple[str, str, str, Any]) -> None:
     bench = benches(profile)[name]
     with answering(function, tile):
         try:
-            next(iter(calls_of(bench, resolve_device("cuda"))))()
+            next(iter(calls_of(bench, bench.case.on(resolve_device("cuda")))))()
         except Exception:
             return
 

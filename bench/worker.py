@@ -4,17 +4,21 @@
     python -m exactmoe.bench.worker PROFILE --model MODEL.gguf
 
 It reads names, a line each, and answers each with a line of JSON: {"name", "us", "equal", "digest"}, or {"name",
-"error"} for a benchmark it does not have. What a benchmark needs is made when it is first asked for, and judged. With a
-SHARE everything is slowed down by it, and the share that was measured is in the answer as "planted". With a MODEL the
-names are those of its decode steps, and a time is that of a token, of one run."""
+"error"} for a benchmark it does not have. What a benchmark needs is made when it is first asked for, and judged. After
+the name "renew" what it works on is made anew when it is asked for again, in other memory. With a SHARE everything is
+slowed down by it, and the share that was measured is in the answer as "planted". With a MODEL the names are those of
+its decode steps, and a time is that of a token, of one run; it stays where it is."""
 
 import json
+import random
 import sys
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from exactmoe.model.weights import Model
+
+RENEW = "renew"
 
 
 def serve(names: Iterable[str], answer: Callable[[str], dict[str, Any]], out: TextIO) -> None:
@@ -28,6 +32,8 @@ def serve(names: Iterable[str], answer: Callable[[str], dict[str, Any]], out: Te
 
 def timer(profile: str, share: float | None = None) -> Callable[[str], dict[str, Any]]:
     """Answers for the benchmarks of this revision on this machine's CUDA device."""
+    import torch
+
     from exactmoe.kernels.launch import resolve_device
 
     device = resolve_device("cuda")
@@ -38,17 +44,30 @@ def timer(profile: str, share: float | None = None) -> Callable[[str], dict[str,
     from exactmoe.kernels.errors import InvalidInput
 
     table = benches(profile)
-    ready: dict[str, tuple[dict[str, Any], Any, int]] = {}
+    # One at a time, or two revisions' weights fill the device.
+    judged: dict[str, tuple[dict[str, Any], Any]] = {}
+    ready: dict[str, tuple[Any, list[Callable[[], object]]]] = {}  # a graph, and what holds the memory it reads
+    room: list[torch.Tensor] = []
 
     def answer(name: str) -> dict[str, Any]:
+        if name == RENEW:
+            ready.clear()
+            room.clear()
+            torch.cuda.empty_cache()
+            return {}
         if name not in table:
             return {"error": f"this revision has no benchmark {name}"}
-        if name not in ready:
+        if name not in judged:
+            ready.clear()
+            judged.clear()
             equal, digest = judge(table[name].case, device)
-            calls = list(calls_of(table[name], device))
+            judged[name] = {"equal": equal, "digest": digest}, table[name].case.on(device)
+        said, args = judged[name]
+        if name not in ready:
+            # Something before it, or it would get the memory that it had.
+            room.append(torch.empty(random.randrange(1, 64) << 21, dtype=torch.uint8, device=device))
+            calls = list(calls_of(table[name], args))
             work = calls * max(1, -(-CALLS_AT_LEAST // len(calls)))
-            ready.clear()  # one at a time, or two revisions' weights fill the device
-            said: dict[str, Any] = {"equal": equal, "digest": digest}
             if share is None:
                 graph = capture(work)
             else:
@@ -56,9 +75,9 @@ def timer(profile: str, share: float | None = None) -> Callable[[str], dict[str,
                     graph, said["planted"] = planted(work, share)
                 except InvalidInput as error:
                     return {"error": str(error)}
-            ready[name] = said, graph, len(work)
-        said, graph, count = ready[name]
-        return {"us": elapsed(graph.replay) / count if said["equal"] else None, **said}
+            ready[name] = graph, work
+        graph, work = ready[name]
+        return {"us": elapsed(graph.replay) / len(work) if said["equal"] else None, **said}
 
     return answer
 
@@ -82,6 +101,8 @@ def of_steps(model: "Model") -> Callable[[str], dict[str, Any]]:
     ready: dict[str, tuple[dict[str, Any], Any]] = {}
 
     def answer(name: str) -> dict[str, Any]:
+        if name == RENEW:
+            return {}
         if name not in table:
             return {"error": f"this revision has no decode step {name}"}
         if name not in ready:

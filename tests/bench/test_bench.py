@@ -75,7 +75,7 @@ def test_a_call_whose_bits_are_wrong_gets_no_time(
 
 def test_weights_are_rotated_through_more_memory_than_the_cache_has() -> None:
     huge = SMALL._replace(weight_bytes=60 * 2**20)
-    assert len(list(running.calls_of(huge, resolve_device("auto")))) * huge.weight_bytes >= 4 * 50 * 2**20
+    assert len(list(running.calls_of(huge, huge.case.on(resolve_device("auto"))))) * huge.weight_bytes >= 4 * 50 * 2**20
 
 
 def test_there_is_no_speed_without_a_gpu() -> None:

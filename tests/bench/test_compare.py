@@ -13,7 +13,7 @@ import pytest
 
 from exactmoe.bench import compare as comparing
 from exactmoe.bench.compare import PAIRS, SAME, STRETCHES, compare, judge, revisions, worker
-from exactmoe.bench.worker import serve
+from exactmoe.bench.worker import RENEW, serve
 from exactmoe.kernels.errors import InvalidInput, MissingEnvironment
 
 
@@ -26,6 +26,8 @@ class Noise:
     drift: float = 0.002  # a step of a walk that both sides are on
     first: float = 0.0  # by how much whoever is asked first is slower
     rare: float = 0.0  # how often a time is far too long
+    taker: float = 0.0  # by how much whoever takes its memory first is slower, in a stretch
+    place: float = 0.0  # what a side's memory does in a stretch
 
 
 MACHINES = {
@@ -35,6 +37,7 @@ MACHINES = {
     "first": Noise(first=0.03),
     "rare": Noise(alike=0.3, rare=0.15),
     "drifting": Noise(own=0.005, drift=0.01),
+    "placed": Noise(taker=0.02, place=0.01),
 }
 
 
@@ -45,9 +48,13 @@ def pairs(noise: Noise, factor: float, rng: np.random.Generator, count: int = PA
     own = shocks.copy()
     for i in range(1, count):
         own[i] = noise.alike * own[i - 1] + np.sqrt(1 - noise.alike**2) * shocks[i]
-    late = (np.arange(count)[:, None] + np.arange(2)) % 2  # 0 for the side that is asked first
+    turn = np.arange(count) * STRETCHES // count + np.arange(count) % max(1, count // STRETCHES)
+    late = (turn[:, None] + np.arange(2)) % 2  # 0 for the side that is asked first
     logs = own + np.take_along_axis(walk, late, 1) + noise.first * (late == 0)
     logs += rng.exponential(0.2, (count, 2)) * (rng.random((count, 2)) < noise.rare)
+    stretch = np.arange(count) * STRETCHES // count
+    logs += noise.taker * ((stretch[:, None] + np.arange(2)) % 2 == 0)
+    logs += noise.place * rng.standard_normal((STRETCHES, 2))[stretch]
     return 10 * np.exp(logs[:, 0]), 10 * factor * np.exp(logs[:, 1])
 
 
@@ -103,7 +110,7 @@ def test_what_was_planted_is_said_with_the_verdict() -> None:
     assert "planted +3.02%" in str(found)
 
 
-@pytest.mark.parametrize("count", [2 * STRETCHES - 2, 2 * STRETCHES + 1])
+@pytest.mark.parametrize("count", [0, STRETCHES, 2 * STRETCHES - 2, 2 * STRETCHES + 1, 3 * STRETCHES])
 def test_too_few_pairs_and_half_a_turn_are_refused(count: int) -> None:
     with pytest.raises(InvalidInput, match=f"{count} pairs"):
         judge("x", [1.0] * count, [1.0] * count, False)
@@ -122,18 +129,40 @@ def test_what_is_missing_or_wrong_on_one_side_does_not_pass(answer: dict[str, An
     assert ("this revision" in found.why) != swap
 
 
-def test_sides_are_asked_in_turn_and_the_order_changes() -> None:
+@pytest.mark.parametrize("renews", [True, False])
+def test_sides_are_asked_in_turn_and_the_order_changes_and_so_who_takes_memory_first(renews: bool) -> None:
     asked: list[str] = []
 
     def side(name: str) -> Callable[[str], dict[str, Any]]:
-        def ask(_: str) -> dict[str, Any]:
-            asked.append(name)
+        def ask(what: str) -> dict[str, Any]:
+            asked.append(name.lower() if what == RENEW else name)
+            if what == RENEW:
+                return {} if renews else {"error": "this revision has no benchmark renew"}
             return {"us": 1.0, "equal": True, "digest": "x"}
 
         return ask
 
-    list(compare(["x"], side("A"), side("B"), 2 * STRETCHES))
-    assert "".join(asked) == "ABBA" * (STRETCHES + 1)
+    (found,) = compare(["x"], side("A"), side("B"), 2 * STRETCHES)
+    assert "".join(asked) == ("ab" + 2 * "ABBA" + "ab" + 2 * "BAAB") * (STRETCHES // 2)
+    assert found.verdict == "same"
+
+
+def test_a_side_that_is_slow_because_it_takes_its_memory_second_is_not_slower() -> None:
+    taken: list[str] = []
+
+    def side(name: str) -> Callable[[str], dict[str, Any]]:
+        def ask(what: str) -> dict[str, Any]:
+            if what == RENEW:
+                taken.clear()
+                return {}
+            if name not in taken:
+                taken.append(name)
+            return {"us": 10.3 if taken.index(name) else 10.0, "equal": True, "digest": "x"}
+
+        return ask
+
+    (found,) = compare(["x"], side("A"), side("B"))
+    assert (found.verdict, found.ratio) == ("same", pytest.approx(1))
 
 
 def test_a_worker_answers_a_line_with_a_line(tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def test_a_worker_with_a_share_plants_it_and_says_what_was_measured(monkeypatch:
 
     monkeypatch.setattr(launch, "resolve_device", lambda _="auto": torch.device("cpu"))
     monkeypatch.setattr(running, "judge", lambda case, device: (True, "d"))
-    monkeypatch.setattr(running, "calls_of", lambda bench, device: [lambda: None] * 3)
+    monkeypatch.setattr(running, "calls_of", lambda bench, args: [lambda: None] * 3)
     monkeypatch.setattr(clock, "capture", lambda calls: graph)
     monkeypatch.setattr(clock, "elapsed", lambda call: 90.0)
     monkeypatch.setattr(planting, "planted", plant)

@@ -36,6 +36,49 @@ def test_decode_steps_are_judged_once_and_timed_whenever_asked(model: Model, mon
     assert judged == [4, 0, 4]  # one at a time is held
 
 
+def test_a_model_stays_where_it_is(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = worker.of_steps(model)
+    first = answer("decode-0")
+    monkeypatch.setattr(whole, "judge_decode", lambda *_: pytest.fail("judged again"))
+    assert (answer(worker.RENEW), answer("decode-0")) == ({}, first)
+
+
+def test_a_benchmark_is_made_anew_in_other_memory_and_judged_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: the graph is a stand-in, and so is what is timed."""
+    made: list[list[Any]] = []
+    judged: list[str] = []
+    rooms: list[int] = []
+    empty = torch.empty
+
+    def copies(_bench: Any, args: Any) -> list[Any]:
+        made.append(args)
+        return [args]
+
+    def room(size: int, **options: Any) -> torch.Tensor:
+        rooms.append(size)
+        return empty(1, dtype=options["dtype"])
+
+    class Graph:
+        def replay(self) -> None: ...
+
+    monkeypatch.setattr("exactmoe.kernels.launch.resolve_device", lambda _: torch.device("cpu"))
+    monkeypatch.setattr("exactmoe.bench.run.calls_of", copies)
+    monkeypatch.setattr("exactmoe.bench.run.judge", lambda case, _: judged.append(str(case)) or (True, "digest"))
+    monkeypatch.setattr("exactmoe.bench.clock.capture", lambda _: Graph())
+    monkeypatch.setattr("exactmoe.bench.clock.elapsed", lambda _: 80.0)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: rooms.append(0))
+    answer = worker.timer("q8_k")
+    monkeypatch.setattr(torch, "empty", room)
+    said = [answer(name) for name in ("norm-8", "norm-8", worker.RENEW, "norm-8", "norm-8", "nothing", "route-8")]
+    time = {"us": 10.0, "equal": True, "digest": "digest"}
+    assert said == [time, time, {}, time, time, {"error": "this revision has no benchmark nothing"}, time]
+    assert len(judged) == 2, "each once"
+    assert len(made) == 3
+    assert made[0] is made[1] is not made[2], "numbers take longer than copies"
+    assert [bool(size) for size in rooms] == [True, False, True, True]
+    assert all(size % 2**21 == 0 for size in rooms)
+
+
 def test_a_step_that_is_wrong_has_no_time_and_one_that_is_not_there_is_an_error(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
