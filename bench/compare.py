@@ -1,17 +1,18 @@
 """Is this revision faster than another? Both run at once on one machine, and are asked in turn: A B, B A, A B, ...
 
 Each pair of times gives a ratio, so that what the machine does meanwhile falls on both; two pairs, A B and B A, give
-the mean of their logarithms, so that being asked first falls on both too. The run is cut into `STRETCHES`, and a median
-taken of each. Before each, both sides let go of their memory, and take other; who takes first alternates, and so two
-neighbouring stretches are one number. The ratio is the mean of these, with Student's interval over them: slower or
-faster where that leaves out 1 and the ratio is further from it than `SAME`; else the same.
+the mean of their logarithms, so that being asked first falls on both too. A side is asked twice, and the second time
+counts: the first comes behind the other side's work, and the device has to turn to another process.
 
-Where its memory lies makes a kernel of some microseconds 1% slower or faster, and with it the side that always comes
-second: seen on an H100, see bench/NOTES.md.
+The run is cut into `STRETCHES`. Before each, both sides let go of their memory, and take other; who takes first
+alternates. Where its memory lies makes a kernel of some microseconds 1% slower or faster, and with it the side that
+always comes second: seen on an H100, see bench/NOTES.md.
 
-Neighbouring times are alike on a real machine. A bootstrap of single pairs takes them for independent: with 40 pairs
-and noise of 2% whose neighbours correlate by 0.8 it cried at three in ten equal sides. Stretches longer than the
-correlation are independent whatever happens inside them; tests/bench/test_compare.py counts both kinds of error."""
+The ratio is the median of all. Its interval is Student's, with the standard error of a bootstrap of whole stretches,
+those in which the one side was first to take memory apart from the others: slower or faster where it leaves out 1 and
+the ratio is further from 1 than `SAME`; else the same. Neighbouring times are alike on a real machine, and a bootstrap
+of single pairs takes them for independent: with 40 pairs and noise of 2% whose neighbours correlate by 0.8 it cried at
+three in ten equal sides. tests/bench/test_compare.py counts both kinds of error."""
 
 import json
 import subprocess
@@ -34,6 +35,7 @@ PAIRS_OF_STEPS = 40  # a run of 128 steps takes as long as hundreds of kernels
 STRETCHES = 20
 SAME = 0.01  # a ratio closer to 1 is no difference, however sure
 _STUDENT = 3.250  # 99% of a t of STRETCHES / 2 - 1 degrees of freedom lies within
+_RESAMPLES = 200
 
 Ask = Callable[[str], dict[str, Any]]
 
@@ -85,7 +87,9 @@ def _compare(name: str, other: Ask, this: Ask, pairs: int) -> Verdict:
             for ask in (other, this):
                 ask(RENEW)  # an older revision may have no such name, and keeps what it has
         for side in (0, 1) if (stretch + i) % 2 == 0 else (1, 0):
-            answer = (other, this)[side](name)
+            ask = (other, this)[side]
+            ask(name)  # the second time counts
+            answer = ask(name)
             where = ("the other revision", "this revision")[side]
             if "error" in answer:
                 return Verdict(name, "missing", why=f"{where}: {answer['error']}")
@@ -104,9 +108,11 @@ def judge(name: str, before: Sequence[float], after: Sequence[float], numbers_ch
     """The verdict on pairs of times, asked in turn, as many in each stretch, and an even number."""
     each, rest = divmod(len(before), 2 * STRETCHES)
     require(each > 0 and rest == 0, f"{len(before)} pairs are not an even number in each of {STRETCHES} stretches")
-    logs = np.log(np.array(after) / np.array(before)).reshape(STRETCHES, each, 2)
-    turns = np.median(logs.mean(axis=2), axis=1).reshape(-1, 2).mean(axis=1)
-    middle, half = float(np.mean(turns)), _STUDENT * float(np.std(turns, ddof=1)) / len(turns) ** 0.5
+    logs = np.log(np.array(after) / np.array(before)).reshape(STRETCHES, each, 2).mean(axis=2)
+    rng = np.random.default_rng(0)  # so that the same times give the same verdict
+    drawn = 2 * rng.integers(0, STRETCHES // 2, (_RESAMPLES, STRETCHES)) + np.arange(STRETCHES) % 2
+    spread = np.median(logs[drawn].reshape(_RESAMPLES, -1), axis=1).std(ddof=1)
+    middle, half = float(np.median(logs)), _STUDENT * float(spread)
     low, ratio, high = (float(np.exp(x)) for x in (middle - half, middle, middle + half))
     sure = not low <= 1 <= high and abs(ratio - 1) > SAME
     verdict = "same" if not sure else "slower" if ratio > 1 else "faster"

@@ -28,6 +28,7 @@ class Noise:
     rare: float = 0.0  # how often a time is far too long
     taker: float = 0.0  # by how much whoever takes its memory first is slower, in a stretch
     place: float = 0.0  # what a side's memory does in a stretch
+    uneven: float = 0.0  # how often a side is 1 to 8% slower for a whole stretch
 
 
 MACHINES = {
@@ -38,6 +39,7 @@ MACHINES = {
     "rare": Noise(alike=0.3, rare=0.15),
     "drifting": Noise(own=0.005, drift=0.01),
     "placed": Noise(taker=0.02, place=0.01),
+    "uneven": Noise(alike=0.5, place=0.006, uneven=0.2),
 }
 
 
@@ -55,6 +57,7 @@ def pairs(noise: Noise, factor: float, rng: np.random.Generator, count: int = PA
     stretch = np.arange(count) * STRETCHES // count
     logs += noise.taker * ((stretch[:, None] + np.arange(2)) % 2 == 0)
     logs += noise.place * rng.standard_normal((STRETCHES, 2))[stretch]
+    logs += (rng.uniform(0.01, 0.08, (STRETCHES, 2)) * (rng.random((STRETCHES, 2)) < noise.uneven))[stretch]
     return 10 * np.exp(logs[:, 0]), 10 * factor * np.exp(logs[:, 1])
 
 
@@ -143,7 +146,7 @@ def test_sides_are_asked_in_turn_and_the_order_changes_and_so_who_takes_memory_f
         return ask
 
     (found,) = compare(["x"], side("A"), side("B"), 2 * STRETCHES)
-    assert "".join(asked) == ("ab" + 2 * "ABBA" + "ab" + 2 * "BAAB") * (STRETCHES // 2)
+    assert "".join(asked) == ("ab" + 2 * "AABBBBAA" + "ab" + 2 * "BBAAAABB") * (STRETCHES // 2)
     assert found.verdict == "same"
 
 
@@ -162,6 +165,21 @@ def test_a_side_that_is_slow_because_it_takes_its_memory_second_is_not_slower() 
         return ask
 
     (found,) = compare(["x"], side("A"), side("B"))
+    assert found.verdict == "same"
+
+
+def test_what_is_asked_behind_the_other_side_does_not_count() -> None:
+    last: list[str] = []
+
+    def side(name: str, late: float) -> Callable[[str], dict[str, Any]]:
+        def ask(what: str) -> dict[str, Any]:
+            us = 10.0 if last and last[-1] == name else 10.0 * late
+            last.append(name)
+            return {} if what == RENEW else {"us": us, "equal": True, "digest": "x"}
+
+        return ask
+
+    (found,) = compare(["x"], side("A", 1.0), side("B", 1.5))
     assert (found.verdict, found.ratio) == ("same", pytest.approx(1))
 
 
