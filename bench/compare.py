@@ -5,19 +5,20 @@ the mean of their logarithms, so that being asked first falls on both too. A sid
 counts: the first comes behind the other side's work, and the device has to turn to another process.
 
 The run is cut into `STRETCHES`. Before each, both sides let go of their memory, and take other; who takes first
-alternates. Where its memory lies makes a kernel of some microseconds 1% slower or faster, and with it the side that
-always comes second: seen on an H100, see bench/NOTES.md.
+alternates. Where its memory lies seems to make a kernel of some microseconds 1% slower or faster, and with it the side
+that always comes second: see bench/NOTES.md. A model stays where it is, and so does a revision that is too old to know.
 
 The ratio is the median of all. Its interval is Student's, with the standard error of a bootstrap of whole stretches,
-those in which the one side was first to take memory apart from the others: slower or faster where it leaves out 1 and
-the ratio is further from 1 than `SAME`; else the same. Neighbouring times are alike on a real machine, and a bootstrap
-of single pairs takes them for independent: with 40 pairs and noise of 2% whose neighbours correlate by 0.8 it cried at
-three in ten equal sides. tests/bench/test_compare.py counts both kinds of error."""
+drawn separately from those in which one side took memory first and from the others: slower or faster where it leaves
+out 1 and the ratio is further from 1 than `SAME`; else the same. Neighbouring times are alike on a real machine, and a
+bootstrap of single pairs takes them for independent: with 40 pairs and noise of 2% whose neighbours correlate by 0.8 it
+cried at three in ten equal sides. tests/bench/test_compare.py counts both kinds of error."""
 
 import json
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -31,7 +32,8 @@ from exactmoe.bench.worker import RENEW
 from exactmoe.kernels.errors import InvalidInput, MissingEnvironment, require
 
 PAIRS = 480
-PAIRS_OF_STEPS = 40  # a run of 128 steps takes as long as hundreds of kernels
+PAIRS_OF_STEPS = 40  # a run of 128 steps takes as long as hundreds of kernels, and varies less
+_LONG = 0.1  # seconds of an answer, from which on so few pairs are taken of kernels too
 STRETCHES = 20
 SAME = 0.01  # a ratio closer to 1 is no difference, however sure
 _STUDENT = 3.250  # 99% of a t of STRETCHES / 2 - 1 degrees of freedom lies within
@@ -73,7 +75,9 @@ class Verdict:
 
 
 def compare(names: Sequence[str], other: Ask, this: Ask, pairs: int = PAIRS) -> Iterator[Verdict]:
-    """Judge each benchmark by `pairs` pairs of times."""
+    """Judge each benchmark by `pairs` pairs of times, as many in each stretch, and an even number; by the least such
+    number where an answer takes long."""
+    require(pairs > 0 and pairs % (2 * STRETCHES) == 0, f"pairs must be a multiple of {2 * STRETCHES}, got {pairs}")
     for name in names:
         yield _compare(name, other, this, pairs)
 
@@ -82,14 +86,20 @@ def _compare(name: str, other: Ask, this: Ask, pairs: int) -> Verdict:
     times: tuple[list[float], list[float]] = ([], [])
     digests: list[str] = []
     planted: list[float] = []
-    for stretch, i in product(range(STRETCHES), range(-2, pairs // STRETCHES)):  # two pairs warm up
+    each, warm = pairs // STRETCHES, True
+    for stretch, i in product(range(STRETCHES), range(-2, each)):  # two pairs warm up
         if i == -2:
-            for ask in (other, this):
-                ask(RENEW)  # an older revision may have no such name, and keeps what it has
+            renewed = [ask(RENEW).get("renewed") for ask in (other, this)]  # an older revision has no such name
+            warm = stretch == 0 or any(renewed)
+        if i >= each or (i < 0 and not warm):
+            continue
         for side in (0, 1) if (stretch + i) % 2 == 0 else (1, 0):
             ask = (other, this)[side]
             ask(name)  # the second time counts
+            started = time.perf_counter()
             answer = ask(name)
+            if i == -1 and time.perf_counter() - started > _LONG:
+                each = 2
             where = ("the other revision", "this revision")[side]
             if "error" in answer:
                 return Verdict(name, "missing", why=f"{where}: {answer['error']}")

@@ -135,7 +135,8 @@ def describe(device: torch.device, profile: str, roofs: Roofs, rows: Sequence[Ro
     """Rows with the circumstances of now."""
     require(bool(rows), "no benchmark was chosen")
     return Run(
-        dt.datetime.now(dt.UTC).isoformat(timespec="seconds"), _commit(), torch.cuda.get_device_name(device), _clocks(),
+        dt.datetime.now(dt.UTC).isoformat(timespec="seconds"), _commit(), torch.cuda.get_device_name(device),
+        _clocks(device),
         versions(), numerics_version(), profile, model, *roofs, tuple(rows),
     )  # fmt: skip
 
@@ -166,5 +167,8 @@ def _commit() -> str:
     return head if changed in ("", "unknown") else f"{head}+"
 
 
-def _clocks() -> str:
-    return _ask("nvidia-smi", "--query-gpu=clocks.sm,clocks.mem", "--format=csv,noheader,nounits").replace(", ", "/")
+def _clocks(device: torch.device) -> str:
+    """SM and memory clock of this device, whichever of the machine's it is."""
+    card = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    asked = _ask("nvidia-smi", f"--id={card}", "--query-gpu=clocks.sm,clocks.mem", "--format=csv,noheader,nounits")
+    return asked.replace(", ", "/")

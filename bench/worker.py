@@ -5,9 +5,9 @@
 
 It reads names, a line each, and answers each with a line of JSON: {"name", "us", "equal", "digest"}, or {"name",
 "error"} for a benchmark it does not have. What a benchmark needs is made when it is first asked for, and judged. After
-the name "renew" what it works on is made anew when it is asked for again, in other memory. With a SHARE everything is
-slowed down by it, and the share that was measured is in the answer as "planted". With a MODEL the names are those of
-its decode steps, and a time is that of a token, of one run; it stays where it is."""
+the name "renew", answered with {"name", "renewed"}, what it works on is made anew when it is asked for again, in other
+memory. With a SHARE everything is slowed down by it, and the share that was measured is in the answer as "planted".
+With a MODEL the names are those of its decode steps, and a time is that of a token, of one run. It is never renewed."""
 
 import json
 import random
@@ -54,7 +54,7 @@ def timer(profile: str, share: float | None = None) -> Callable[[str], dict[str,
             ready.clear()
             room.clear()
             torch.cuda.empty_cache()
-            return {}
+            return {"renewed": True}
         if name not in table:
             return {"error": f"this revision has no benchmark {name}"}
         if name not in judged:
@@ -102,7 +102,7 @@ def of_steps(model: "Model") -> Callable[[str], dict[str, Any]]:
 
     def answer(name: str) -> dict[str, Any]:
         if name == RENEW:
-            return {}
+            return {"renewed": False}
         if name not in table:
             return {"error": f"this revision has no decode step {name}"}
         if name not in ready:

@@ -7,7 +7,7 @@
     DISCHARGED                all passed on every device they need, on what the files hold now
 
 A test that was skipped, left out or failed has not passed. The falsifiers' own `devices`, else the contract's, say
-where one must pass. The files are those that the contract covers and the files of the tests that it cites."""
+where one must pass; its tests may have run in several runs of the same files. The files are those that the contract covers and the files of the tests that it cites."""
 
 import json
 import os
@@ -163,6 +163,11 @@ def _shown(
         if changed and (state != "stale" or best.state == "passed"):
             continue  # of other code: it has not failed, and a pass of what the files hold now says more
         best = Shown(device, state, record, changed)
+    if best.state in ("bound", "stale"):  # one record may hold the tests that another of the same files left out
+        now = sorted((r for r in records if r.device == device and not r.changed(names, root)), key=lambda r: r.date)
+        latest = {test: outcome for r in now for test in falsifier.test if (outcome := r.outcome(test)) is not None}
+        if len(latest) == len(set(falsifier.test)):
+            best = Shown(device, next(s for s in ("skipped", "passed") if s in latest.values()), now[-1])
     return best
 
 

@@ -198,7 +198,7 @@ class DecodeSteps(_Fused, TritonSteps):
             prefill(self.model, cache, past)
         decoder = Decoder(self.model, cache)
         decoder.token.fill_(tokens[0])
-        decoder._position.fill_(cache.length)  # noqa: SLF001 - as `step` does, whose graph hides what it computes
+        decoder._position.fill_(cache.length)  # noqa: SLF001 - where `step` places it; its graph hides what it computes
         with self._heard() as heard:
             decoder._run(cache.capacity)  # noqa: SLF001
         return {key: value for key, value in self._stages_of(heard).items() if plan.wants(*key)}

@@ -75,7 +75,12 @@ def test_a_call_whose_bits_are_wrong_gets_no_time(
 
 def test_weights_are_rotated_through_more_memory_than_the_cache_has() -> None:
     huge = SMALL._replace(weight_bytes=60 * 2**20)
-    assert len(list(running.calls_of(huge, huge.case.on(resolve_device("auto"))))) * huge.weight_bytes >= 4 * 50 * 2**20
+    args = huge.case.on(resolve_device("auto"))
+    calls = list(running.calls_of(huge, args))
+    assert len(calls) * huge.weight_bytes >= 4 * 50 * 2**20
+    own = [next(cell for cell in call.__defaults__[0] if isinstance(cell, torch.Tensor)) for call in calls]  # type: ignore[attr-defined]
+    shared = next(arg for arg in args if isinstance(arg, torch.Tensor))
+    assert len({tensor.data_ptr() for tensor in (*own, shared)}) == len(calls) + 1
 
 
 def test_there_is_no_speed_without_a_gpu() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from exactmoe.bench import compare as comparing
-from exactmoe.bench.compare import PAIRS, SAME, STRETCHES, compare, judge, revisions, worker
+from exactmoe.bench.compare import PAIRS, PAIRS_OF_STEPS, SAME, STRETCHES, compare, judge, revisions, worker
 from exactmoe.bench.worker import RENEW, serve
 from exactmoe.kernels.errors import InvalidInput, MissingEnvironment
 
@@ -101,6 +101,38 @@ def test_a_ratio_within_the_margin_is_the_same_however_sure() -> None:
     assert (found.verdict, found.ratio) == ("same", pytest.approx(1.005))
 
 
+@pytest.mark.parametrize("count", [0, 50, 2 * STRETCHES + 2])
+def test_a_number_of_pairs_that_cannot_be_judged_is_refused_before_anything_is_timed(count: int) -> None:
+    with pytest.raises(InvalidInput, match=f"pairs must be a multiple of {2 * STRETCHES}, got {count}"):
+        list(compare(["x"], lambda _: pytest.fail("asked"), machine(1), count))
+
+
+def test_of_what_takes_long_fewer_pairs_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, asked = [0.0], [0]
+
+    def side(name: str) -> dict[str, Any]:
+        asked[0] += name != RENEW
+        now[0] += 0.2
+        return {"us": 10.0, "equal": True, "digest": "x", "renewed": True}
+
+    monkeypatch.setattr(comparing.time, "perf_counter", lambda: now[0])
+    (found,) = compare(["x"], side, side)
+    assert found.verdict == "same"
+    assert asked[0] == 2 * 2 * (2 + 2) * STRETCHES
+
+
+@pytest.mark.parametrize(("machine", "alarms", "seen"), [("quiet", 0, 200), ("loud", 4, 110), ("uneven", 6, 150)])
+def test_forty_pairs_as_of_whole_models_cry_no_more_and_see_less(
+    machine: str, alarms: int, seen: int, rng: np.random.Generator
+) -> None:
+    equal, slower = Counter[str](), Counter[str]()
+    for _ in range(200):
+        equal[judge("x", *pairs(MACHINES[machine], 1.0, rng, PAIRS_OF_STEPS), False).verdict] += 1
+        slower[judge("x", *pairs(MACHINES[machine], 1.03, rng, PAIRS_OF_STEPS), False).verdict] += 1
+    assert 200 - equal["same"] <= alarms
+    assert slower["slower"] >= seen
+
+
 def test_numbers_that_changed_are_said() -> None:
     (found,) = compare(["x"], machine(1), machine(0.5, digest="y"))
     assert found.numbers_changed
@@ -111,6 +143,14 @@ def test_what_was_planted_is_said_with_the_verdict() -> None:
     (found,) = compare(["x"], machine(1), machine(1.03, planted=0.0302))
     assert (found.verdict, found.planted) == ("slower", 0.0302)
     assert "planted +3.02%" in str(found)
+    asks, good = [0], machine(1.03)
+
+    def side(name: str) -> dict[str, Any]:
+        asks[0] += 1
+        return {**good(name), "renewed": True, "planted": 0.03 if 50 < asks[0] < 900 else 0.3}
+
+    (found,) = compare(["x"], machine(1), side)
+    assert found.planted == 0.03
 
 
 @pytest.mark.parametrize("count", [0, STRETCHES, 2 * STRETCHES - 2, 2 * STRETCHES + 1, 3 * STRETCHES])
@@ -140,13 +180,20 @@ def test_sides_are_asked_in_turn_and_the_order_changes_and_so_who_takes_memory_f
         def ask(what: str) -> dict[str, Any]:
             asked.append(name.lower() if what == RENEW else name)
             if what == RENEW:
-                return {} if renews else {"error": "this revision has no benchmark renew"}
+                return {"renewed": True} if renews else {"error": "this revision has no benchmark renew"}
             return {"us": 1.0, "equal": True, "digest": "x"}
 
         return ask
 
     (found,) = compare(["x"], side("A"), side("B"), 2 * STRETCHES)
-    assert "".join(asked) == ("ab" + 2 * "AABBBBAA" + "ab" + 2 * "BBAAAABB") * (STRETCHES // 2)
+    first, second = "AABBBBAA", "BBAAAABB"
+    if renews:
+        assert "".join(asked) == ("ab" + 2 * first + "ab" + 2 * second) * (STRETCHES // 2)
+    else:  # what stays where it is warms up once
+        assert (
+            "".join(asked)
+            == "ab" + first + (first + "ab" + second + "ab") * (STRETCHES // 2 - 1) + first + "ab" + second
+        )
     assert found.verdict == "same"
 
 
@@ -157,7 +204,7 @@ def test_a_side_that_is_slow_because_it_takes_its_memory_second_is_not_slower() 
         def ask(what: str) -> dict[str, Any]:
             if what == RENEW:
                 taken.clear()
-                return {}
+                return {"renewed": True}
             if name not in taken:
                 taken.append(name)
             return {"us": 10.3 if taken.index(name) else 10.0, "equal": True, "digest": "x"}

@@ -40,7 +40,7 @@ def test_a_model_stays_where_it_is(model: Model, monkeypatch: pytest.MonkeyPatch
     answer = worker.of_steps(model)
     first = answer("decode-0")
     monkeypatch.setattr(whole, "judge_decode", lambda *_: pytest.fail("judged again"))
-    assert (answer(worker.RENEW), answer("decode-0")) == ({}, first)
+    assert (answer(worker.RENEW), answer("decode-0")) == ({"renewed": False}, first)
 
 
 def test_a_benchmark_is_made_anew_in_other_memory_and_judged_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +71,15 @@ def test_a_benchmark_is_made_anew_in_other_memory_and_judged_once(monkeypatch: p
     monkeypatch.setattr(torch, "empty", room)
     said = [answer(name) for name in ("norm-8", "norm-8", worker.RENEW, "norm-8", "norm-8", "nothing", "route-8")]
     time = {"us": 10.0, "equal": True, "digest": "digest"}
-    assert said == [time, time, {}, time, time, {"error": "this revision has no benchmark nothing"}, time]
+    assert said == [
+        time,
+        time,
+        {"renewed": True},
+        time,
+        time,
+        {"error": "this revision has no benchmark nothing"},
+        time,
+    ]
     assert len(judged) == 2, "each once"
     assert len(made) == 3
     assert made[0] is made[1] is not made[2], "numbers take longer than copies"

@@ -189,6 +189,34 @@ def test_a_run_of_some_tests_is_no_evidence_of_the_others(real: Project) -> None
     assert found.status == "PROPOSED"
 
 
+BOTH = 'test: ["tests/test_sums.py::test_one", "tests/test_sums.py::test_two"]'
+LEFT_OUT = (0, 0, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("second", "state"),
+    [((2, 0, 0, 0), "passed"), ((1, 0, 1, 0), "skipped"), ((1, 1, 0, 0), "failed"), (LEFT_OUT, "bound")],
+)
+def test_two_runs_of_the_same_files_together_show_what_each_left_out(
+    project: Project, second: tuple[int, int, int, int], state: str
+) -> None:
+    project.edit(project.contract, 'test: "tests/test_sums.py::test_one"', BOTH)
+    runs = [
+        project.passing(where="a.json", test_two=LEFT_OUT),
+        project.passing(where="b.json", test_one=LEFT_OUT, test_two=second),
+    ]
+    for some in (runs, runs[::-1]):
+        assert project.status(*some).falsifiers["FALSIFY-1"][0].state == state
+
+
+def test_two_runs_of_different_files_do_not_add_up(project: Project) -> None:
+    project.edit(project.contract, 'test: "tests/test_sums.py::test_one"', BOTH)
+    first = project.passing(where="a.json", test_two=LEFT_OUT)
+    project.edit(project.root / "sums.py", "pass", "pass  # other")
+    second = project.passing(where="b.json", test_one=LEFT_OUT)
+    assert project.status(first, second).falsifiers["FALSIFY-1"][0].state == "bound"
+
+
 @pytest.mark.parametrize(
     ("counts", "state"),
     [((2, 0, 0, 0), "passed"), ((1, 0, 0, 1), "bound"), ((0, 1, 0, 1), "failed"), ((0, 0, 1, 1), "skipped")],

@@ -44,6 +44,32 @@ def test_every_kernel_of_a_chain_waits_before_it_lets_the_next_one_start() -> No
     assert breaches(found) == []
 
 
+def launched_alone(source: str) -> list[str]:
+    """Kernels that wait for the one before them and are launched without DEPENDENT: they could not overlap it."""
+    tree = ast.parse(source)
+    waiting = {name for name, order in calls(source).items() if "finish_wait" in order}
+    found = []
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        if isinstance(call.func, ast.Subscript) and isinstance(call.func.value, ast.Name):
+            given = [k.value.id for k in call.keywords if k.arg is None and isinstance(k.value, ast.Name)]
+            if call.func.value.id in waiting and "DEPENDENT" not in given:
+                found.append(call.func.value.id)
+    return found
+
+
+def test_every_kernel_of_a_chain_is_launched_so_that_it_may_overlap() -> None:
+    sources = [path.read_text(encoding="utf-8") for path in sorted(Path(kernels.__path__[0]).glob("*.py"))]
+    launches = sum(source.count("**DEPENDENT") for source in sources)
+    assert launches > 8
+    assert [name for source in sources for name in launched_alone(source)] == []
+
+
+def test_a_kernel_launched_alone_is_named() -> None:
+    kernel = "def _a_kernel():\n    finish_wait()\n"
+    assert launched_alone(kernel + "_a_kernel[(1,)](x, num_warps=1, **FAITHFUL)") == ["_a_kernel"]
+    assert launched_alone(kernel + "_a_kernel[(1,)](x, **DEPENDENT, **FAITHFUL)") == []
+
+
 @pytest.mark.parametrize(
     ("name", "body", "why"),
     [

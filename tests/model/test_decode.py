@@ -4,6 +4,7 @@ import gc
 import weakref
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +100,40 @@ def test_between_replays_there_is_no_kernel_that_may_not_overlap(
     with Operators() as operators:
         decoder.step(token)
         decoder.step()
+        decoder.step(token)
         cache.length = 2
         decoder.step()
         assert set(operators.names) <= {"aten.select.int"}  # a view of a layer's cache
         decoder.token.fill_(9)
     assert "aten.fill_.Scalar" in operators.names
-    assert done == [(3, token), "replay", "replay", (2, None), "replay"]
+    assert done == [(3, token), "replay", "replay", (5, token), "replay", (2, None), "replay"]
+
+
+def test_a_captured_step_begins_where_it_was_before_the_capture(
+    model_file: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a GPU: the run beforehand chooses a token and moves on, and the first replay must not see that."""
+    sequence = prepare(load_model(model_file, device), 3, 3)
+    decoder, cache = sequence.decoder, sequence.cache
+    ran: list[tuple[float, float]] = []
+
+    def run(self: Decoder, _most: int) -> None:
+        ran.append((self.token.item(), self._position.item()))
+        if len(ran) == 1:  # what is captured is not run
+            self.token.fill_(99)
+            self._position += 1
+
+    class Graph:
+        def replay(self) -> None:
+            ran.append((decoder.token.item(), decoder._position.item()))
+
+    monkeypatch.setattr(Decoder, "_run", run)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "synchronize", object)
+    monkeypatch.setattr(torch.cuda, "graph", nullcontext)
+    monkeypatch.setattr(decoder, "_model", replace(decoder._model, device=torch.device("cuda")))
+    decoder.token.fill_(7)
+    decoder._position.fill_(2)
+    decoder._at = cache.length = 2
+    decoder.step()
+    assert ran == [(7, 2), (7, 3), (7, 2)]  # beforehand, when captured, and when replayed
