@@ -7,7 +7,8 @@
     DISCHARGED                all passed on every device they need, on what the files hold now
 
 A test that was skipped, left out or failed has not passed. The falsifiers' own `devices`, else the contract's, say
-where one must pass; its tests may have run in several runs of the same files. The files are those that the contract covers and the files of the tests that it cites."""
+where one must pass; its tests may have run in several runs of the same files. The files are those that the contract
+covers and the files of the tests that it cites."""
 
 import json
 import os
