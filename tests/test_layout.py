@@ -180,6 +180,7 @@ NOT_OPS = {
     "tensors": "containers and their checks",
     "guess": "which weights are on their way to the cache",
     "prefetch": "what comes later, on its way to the cache",
+    "cursor": "where a step begins: two integers are stored",
     "tiles": "block sizes, which change no bit",
     "dependent": "how kernels of a decode step overlap",
     "ptx_lint": "judges the compiler's output",

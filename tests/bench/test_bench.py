@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -161,3 +162,19 @@ def test_the_command_lists_refuses_and_reads_history(tmp_path: Path, capsys: pyt
     file.write_text(_run("abc", 9, "x"))
     assert main(["bench", "--history", str(file)]) == 0
     assert "9.00 us" in capsys.readouterr().out
+
+
+def test_the_clocks_are_those_of_the_device_that_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, ...]] = []
+
+    def ask(*command: str) -> str:
+        asked.append(command)
+        return "1980, 2619"
+
+    monkeypatch.setattr(running, "_ask", ask)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=f"12-ab-{device.index}")
+    )
+    assert running._clocks(torch.device("cuda", 3)) == "1980/2619"
+    (command,) = asked
+    assert command[:2] == ("nvidia-smi", "--id=GPU-12-ab-3")

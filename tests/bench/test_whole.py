@@ -3,6 +3,7 @@ are."""
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -212,6 +213,7 @@ def device_of_numbers(monkeypatch: pytest.MonkeyPatch, file: GGUFFile) -> None:
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a device")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="12-ab"))
 
 
 ROWS = [Whole("load"), Whole("memory-loaded"), Whole("decode", 4), Whole("prefill", 5), Whole("memory-most")]
