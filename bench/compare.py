@@ -22,7 +22,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -86,30 +85,30 @@ def _compare(name: str, other: Ask, this: Ask, pairs: int) -> Verdict:
     times: tuple[list[float], list[float]] = ([], [])
     digests: list[str] = []
     planted: list[float] = []
-    each, warm = pairs // STRETCHES, True
-    for stretch, i in product(range(STRETCHES), range(-2, each)):  # two pairs warm up
-        if i == -2:
-            renewed = [ask(RENEW).get("renewed") for ask in (other, this)]  # an older revision has no such name
-            warm = stretch == 0 or any(renewed)
-        if i >= each or (i < 0 and not warm):
-            continue
-        for side in (0, 1) if (stretch + i) % 2 == 0 else (1, 0):
-            ask = (other, this)[side]
-            ask(name)  # the second time counts
-            started = time.perf_counter()
-            answer = ask(name)
-            if i == -1 and time.perf_counter() - started > _LONG:
-                each = 2
-            where = ("the other revision", "this revision")[side]
-            if "error" in answer:
-                return Verdict(name, "missing", why=f"{where}: {answer['error']}")
-            if not answer["equal"]:
-                return Verdict(name, "wrong", why=f"{where}: not the reference's bits, so it has no speed")
-            if i < 0:
-                digests.append(answer["digest"])
-                planted += [answer["planted"]] if "planted" in answer else []
-            else:
-                times[side].append(answer["us"])
+    each = pairs // STRETCHES
+    for stretch in range(STRETCHES):
+        renewed = [ask(RENEW).get("renewed") for ask in (other, this)]  # an older revision has no such name
+        warm = stretch == 0 or any(renewed)
+        i = -2 if warm else 0  # two pairs warm up
+        while i < each:
+            for side in (0, 1) if (stretch + i) % 2 == 0 else (1, 0):
+                ask = (other, this)[side]
+                ask(name)  # the second time counts
+                started = time.perf_counter()
+                answer = ask(name)
+                if (stretch, i) == (0, -1) and time.perf_counter() - started > _LONG:
+                    each = 2
+                where = ("the other revision", "this revision")[side]
+                if "error" in answer:
+                    return Verdict(name, "missing", why=f"{where}: {answer['error']}")
+                if not answer["equal"]:
+                    return Verdict(name, "wrong", why=f"{where}: not the reference's bits, so it has no speed")
+                if i < 0:
+                    digests.append(answer["digest"])
+                    planted += [answer["planted"]] if "planted" in answer else []
+                else:
+                    times[side].append(answer["us"])
+            i += 1
     found = judge(name, times[0], times[1], len(set(digests)) > 1)
     return replace(found, planted=float(np.median(planted)) if planted else None)
 

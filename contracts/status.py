@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,7 +157,7 @@ def _shown(
         outcomes = {record.outcome(test) for test in falsifier.test}
         if None in outcomes and outcomes & {"failed"} == set():
             continue  # it says nothing of the whole falsifier
-        state: str = next(s for s in ("failed", "skipped", "passed") if s in outcomes)
+        state = _worst(outcomes)
         changed = tuple(record.changed(names, root))
         if state == "passed" and changed:
             state = "stale"
@@ -168,8 +168,12 @@ def _shown(
         now = sorted((r for r in records if r.device == device and not r.changed(names, root)), key=lambda r: r.date)
         latest = {test: outcome for r in now for test in falsifier.test if (outcome := r.outcome(test)) is not None}
         if len(latest) == len(set(falsifier.test)):
-            best = Shown(device, next(s for s in ("skipped", "passed") if s in latest.values()), now[-1])
+            best = Shown(device, _worst(latest.values()), now[-1])
     return best
+
+
+def _worst(outcomes: Collection[str | None]) -> str:
+    return next(outcome for outcome in ("failed", "skipped", "passed") if outcome in outcomes)
 
 
 def _findings(document: Document, status: ContractStatus) -> list[Finding]:

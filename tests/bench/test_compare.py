@@ -121,6 +121,20 @@ def test_of_what_takes_long_fewer_pairs_are_taken(monkeypatch: pytest.MonkeyPatc
     assert asked[0] == 2 * 2 * (2 + 2) * STRETCHES
 
 
+def test_an_answer_that_takes_long_once_later_on_changes_no_number_of_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, asked = [0.0], [0]
+
+    def side(name: str) -> dict[str, Any]:
+        asked[0] += name != RENEW
+        now[0] += 0.2 if asked[0] > 1000 else 0.0
+        return {"us": 10.0, "equal": True, "digest": "x", "renewed": True}
+
+    monkeypatch.setattr(comparing.time, "perf_counter", lambda: now[0])
+    (found,) = compare(["x"], side, side)
+    assert found.verdict == "same"
+    assert asked[0] == 2 * 2 * (2 * STRETCHES + PAIRS)
+
+
 @pytest.mark.parametrize(("machine", "alarms", "seen"), [("quiet", 0, 200), ("loud", 4, 110), ("uneven", 6, 150)])
 def test_forty_pairs_as_of_whole_models_cry_no_more_and_see_less(
     machine: str, alarms: int, seen: int, rng: np.random.Generator

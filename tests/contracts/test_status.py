@@ -209,6 +209,16 @@ def test_two_runs_of_the_same_files_together_show_what_each_left_out(
         assert project.status(*some).falsifiers["FALSIFY-1"][0].state == state
 
 
+def test_a_failure_of_these_files_is_not_hidden_by_a_later_pass_of_others(project: Project) -> None:
+    project.edit(project.contract, 'test: "tests/test_sums.py::test_one"', BOTH)
+    project.edit(project.root / "sums.py", "pass", "pass  # other")
+    older = project.passing(where="a.json", date="2026-01-02T00:00:00+00:00")
+    project.edit(project.root / "sums.py", "pass  # other", "pass")
+    failed = project.passing(where="b.json", test_one=(0, 1, 0, 0), test_two=LEFT_OUT)
+    passed = project.passing(where="c.json", test_one=LEFT_OUT, date="2026-01-03T00:00:00+00:00")
+    assert project.status(older, failed, passed).falsifiers["FALSIFY-1"][0].state == "failed"
+
+
 def test_two_runs_of_different_files_do_not_add_up(project: Project) -> None:
     project.edit(project.contract, 'test: "tests/test_sums.py::test_one"', BOTH)
     first = project.passing(where="a.json", test_two=LEFT_OUT)
