@@ -1,15 +1,22 @@
-"""Time calls on a CUDA device: events around replays of a graph that holds every call once.
+"""Time calls on a CUDA device: events around a graph that holds every call, behind another replay of it.
 
-The calls of a graph are the same work on different memory, `rotate` copies whose weights together exceed the L2 cache
-several times, so that each reads its own from memory. With one copy the cache is warm."""
+The calls of a graph are the same work on different memory, copies whose weights together exceed the L2 cache many times
+over, so that each reads its own from memory. With one copy the cache is warm.
 
+On an idle device a graph starts some microseconds after the event in front of it, now 3 and now 8: of a graph of 150 us
+that is 4% too much, and noise of 2%. So a replay in front keeps the device busy until event and graph are in its queue,
+and a graph lasts `GRAPH_US` or more."""
+
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 
-CALLS_AT_LEAST = 8  # in a graph, so that its launch is spread
+METHOD = 2  # counted up when times come to mean something else; 1 had idle starts in them, and weights from the cache
+GRAPH_US = 1000.0
+ROTATED = 16 * 50 * 2**20  # bytes of weights, 16 times the L2 of an H100: of 4 times it holds up to a sixth
 
 
 class Times(NamedTuple):
@@ -28,10 +35,15 @@ class Times(NamedTuple):
 
 
 def time_graph(calls: Sequence[Callable[[], object]], samples: int = 30) -> Times:
-    """Time `calls`, each of them at least once in a graph; a sample is the mean of a replay."""
-    work = list(calls) * max(1, -(-CALLS_AT_LEAST // len(calls)))
+    """Time `calls`, each of them as often in a graph as the others; a sample is the mean of a replay."""
+    work = enough(calls)
     graph = capture(work)
-    return Times.of([elapsed(graph.replay) / len(work) for _ in range(samples)])
+    return Times.of([replay_us(graph) / len(work) for _ in range(samples)])
+
+
+def enough(calls: Sequence[Callable[[], object]]) -> list[Callable[[], object]]:
+    """`calls` over and over, so often that a graph of them lasts `GRAPH_US`."""
+    return list(calls) * max(1, math.ceil(GRAPH_US / replay_us(capture(calls))))
 
 
 def capture(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
@@ -47,6 +59,12 @@ def capture(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
     return graph
 
 
+def replay_us(graph: torch.cuda.CUDAGraph) -> float:
+    """Microseconds of a replay, started behind another one."""
+    graph.replay()
+    return elapsed(graph.replay)
+
+
 def elapsed(call: Callable[[], object]) -> float:
     """Microseconds that a call keeps the device busy."""
     first, last = _event(), _event()
@@ -55,6 +73,16 @@ def elapsed(call: Callable[[], object]) -> float:
     last.record()
     last.synchronize()
     return float(first.elapsed_time(last)) * 1000
+
+
+spin: Callable[[int], None] = torch.cuda._sleep  # noqa: SLF001 - torch has no other
+"""A launch that does nothing for so many cycles."""
+
+
+def keep_busy(device: torch.device) -> None:
+    """A second of work in the device's queue; does not wait for it."""
+    with torch.cuda.device(device):
+        spin(2 * 10**9)
 
 
 def _event() -> torch.cuda.Event:

@@ -1,12 +1,11 @@
 """Is this revision faster than another? Both run at once on one machine, and are asked in turn: A B, B A, A B, ...
 
 Each pair of times gives a ratio, so that what the machine does meanwhile falls on both; two pairs, A B and B A, give
-the mean of their logarithms, so that being asked first falls on both too. A side is asked twice, and the second time
-counts: the first comes behind the other side's work, and the device has to turn to another process.
+the mean of their logarithms, so that being asked first falls on both too. That the device has to turn to another
+process is not in a time: see bench/clock.py.
 
 The run is cut into `STRETCHES`. Before each, both sides let go of their memory, and take other; who takes first
-alternates. Where its memory lies seems to make a kernel of some microseconds 1% slower or faster, and with it the side
-that always comes second: see bench/NOTES.md. A model stays where it is, and so does a revision that is too old to know.
+alternates: where its memory lies makes a kernel of some microseconds 0.1% slower or faster. A model stays where it is.
 
 The ratio is the median of all. Its interval is Student's, with the standard error of a bootstrap of whole stretches,
 drawn separately from those in which one side took memory first and from the others: slower or faster where it leaves
@@ -84,18 +83,17 @@ def compare(names: Sequence[str], other: Ask, this: Ask, pairs: int = PAIRS) -> 
 def _compare(name: str, other: Ask, this: Ask, pairs: int) -> Verdict:
     times: tuple[list[float], list[float]] = ([], [])
     digests: list[str] = []
+    methods: set[int | None] = set()
     planted: list[float] = []
     each = pairs // STRETCHES
     for stretch in range(STRETCHES):
-        renewed = [ask(RENEW).get("renewed") for ask in (other, this)]  # an older revision has no such name
+        renewed = [ask(RENEW).get("renewed") for ask in (other, this)]
         warm = stretch == 0 or any(renewed)
         i = -2 if warm else 0  # two pairs warm up
         while i < each:
             for side in (0, 1) if (stretch + i) % 2 == 0 else (1, 0):
-                ask = (other, this)[side]
-                ask(name)  # the second time counts
                 started = time.perf_counter()
-                answer = ask(name)
+                answer = (other, this)[side](name)
                 if (stretch, i) == (0, -1) and time.perf_counter() - started > _LONG:
                     each = 2
                 where = ("the other revision", "this revision")[side]
@@ -104,11 +102,14 @@ def _compare(name: str, other: Ask, this: Ask, pairs: int) -> Verdict:
                 if not answer["equal"]:
                     return Verdict(name, "wrong", why=f"{where}: not the reference's bits, so it has no speed")
                 if i < 0:
+                    methods.add(answer.get("method"))
                     digests.append(answer["digest"])
                     planted += [answer["planted"]] if "planted" in answer else []
                 else:
                     times[side].append(answer["us"])
             i += 1
+            if len(methods) > 1:
+                raise InvalidInput("the other revision's clock measures something else: no ratio would be of the code")
     found = judge(name, times[0], times[1], len(set(digests)) > 1)
     return replace(found, planted=float(np.median(planted)) if planted else None)
 

@@ -49,8 +49,14 @@ def measured(row: Mapping[str, Any]) -> tuple[float, float, float, str] | None:
     return None if row["cold"] is None else (*row["cold"], "us")
 
 
+def method_of(run: Mapping[str, Any]) -> int:
+    """How a run's rows were timed: across methods times do not compare. Those of a model were never changed."""
+    return 0 if run["model"] else run.get("method", 1)
+
+
 def lines(runs: list[dict[str, Any]], names: list[str]) -> Iterator[str]:
-    """The history of each benchmark, one line a run: median, share of the roof, and whether its numbers changed.
+    """The history of each benchmark, one line a run: median, share of the roof, and whether its numbers changed, or its
+    clock.
 
     A run of another profile or model could not hold it, and has no line."""
     kinds = {row["name"]: _kind(run) for run in runs for row in run["rows"]}
@@ -58,7 +64,7 @@ def lines(runs: list[dict[str, Any]], names: list[str]) -> Iterator[str]:
         if names and name.split()[0] not in names:
             continue
         yield name
-        before = None
+        before, method = None, None
         for run in runs:
             if _kind(run) != kind:
                 continue
@@ -69,13 +75,16 @@ def lines(runs: list[dict[str, Any]], names: list[str]) -> Iterator[str]:
                 continue
             changed = before not in (None, row["digest"])
             before = row["digest"]
+            otherwise = method not in (None, method_of(run))
+            method = method_of(run)
             if not row["equal"]:
                 yield f"{what}  WRONG: not the reference's bits"
                 continue
             found = measured(row)
             said = f"{found[0]:10.2f} {found[3]}" if found else "no number"
             share = "" if row["roof"] is None else f"  {100 * row['roof']:5.1f}% of the roof"
-            yield f"{what}  {said}{share}{'  numbers changed' if changed else ''}"
+            labels = "  numbers changed" * changed + "  timed otherwise" * otherwise
+            yield f"{what}  {said}{share}{labels}"
 
 
 def _kind(run: Mapping[str, Any]) -> tuple[str, str]:

@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from exactmoe.bench.clock import capture, elapsed
+from exactmoe.bench.clock import capture, replay_us, spin
 from exactmoe.kernels.errors import InvalidInput
 
 _REPLAYS = 21
@@ -24,13 +24,13 @@ _CYCLES_PER_US = 1500  # a first guess
 def planted(calls: Sequence[Callable[[], object]], share: float) -> tuple[torch.cuda.CUDAGraph, float]:
     """A graph of `calls` slowed down by `share`. Raises InvalidInput where that little cannot be planted."""
     plain = capture(calls)
-    us = statistics.median(elapsed(plain.replay) for _ in range(_REPLAYS))
+    us = statistics.median(replay_us(plain) for _ in range(_REPLAYS))
     every, best = 1, plain
 
     def measure(cycles: int) -> float:
         nonlocal best
         best = capture(spinning(calls, every, cycles))
-        pairs = [(elapsed(plain.replay), elapsed(best.replay)) for _ in range(_REPLAYS)]
+        pairs = [(replay_us(plain), replay_us(best)) for _ in range(_REPLAYS)]
         return statistics.median(spun / before for before, spun in pairs) - 1
 
     while True:
@@ -48,7 +48,7 @@ def spinning(calls: Sequence[Callable[[], object]], every: int, cycles: int) -> 
     for i, call in enumerate(calls, 1):
         work.append(call)
         if i % every == 0 or i == len(calls):
-            work.append(partial(torch.cuda._sleep, cycles))  # noqa: SLF001 - torch has no other spin
+            work.append(partial(spin, cycles))
     return work
 
 

@@ -14,14 +14,13 @@ from typing import Any, NamedTuple
 import torch
 
 from exactmoe.bench.cases import Bench
-from exactmoe.bench.clock import Times, copy_bandwidth, matmul_rate, time_graph
+from exactmoe.bench.clock import METHOD, ROTATED, Times, copy_bandwidth, keep_busy, matmul_rate, time_graph
 from exactmoe.kernels.errors import MissingEnvironment, require
 from exactmoe.parity.bits import compare, digest
 from exactmoe.parity.cases import Case, kernel, kernel_output, reference_output
 from exactmoe.parity.provenance import numerics_version, versions
 
-_CACHE_BYTES = 50 * 2**20  # the L2 of an H100
-_COPIES = 64  # at most
+_COPIES = 1024  # at most
 
 
 Judged = tuple[bool, str]  # whether the bits are right, and the digest of what came out
@@ -76,7 +75,7 @@ class Run:
     date: str
     commit: str
     device: str
-    clocks: str  # SM and memory, MHz
+    clocks: str  # SM and memory of the busy device, MHz
     versions: dict[str, str]
     numerics: str
     activations: str
@@ -84,6 +83,7 @@ class Run:
     copy_gb_s: float
     matmul_tflop_s: float
     rows: tuple[Row, ...]
+    method: int = METHOD  # of timing
 
     def to_dict(self) -> dict[str, Any]:
         """As a line of the history has it."""
@@ -108,9 +108,9 @@ def measure(bench: Bench, device: torch.device, roofs: Roofs) -> Row:
 
 
 def calls_of(bench: Bench, args: Sequence[Any]) -> Iterator[Callable[[], object]]:
-    """The call on as many copies of its arguments as the cache takes four times, and at least two."""
+    """The call on as many copies of its arguments as hold `ROTATED` bytes, and at least two."""
     op = kernel(bench.case)
-    copies = max(2, min(_COPIES, -(-4 * _CACHE_BYTES // max(bench.weight_bytes, 1))))
+    copies = max(2, min(_COPIES, -(-ROTATED // max(bench.weight_bytes, 1))))
     for _ in range(copies):
         own = deepcopy(args)
         yield lambda own=own: op(*own)  # type: ignore[misc]
@@ -168,7 +168,8 @@ def _commit() -> str:
 
 
 def _clocks(device: torch.device) -> str:
-    """SM and memory clock of this device, whichever of the machine's it is."""
+    """SM and memory clock of this device, whichever of the machine's it is, while it is busy: at rest they are low."""
     card = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    keep_busy(device)
     asked = _ask("nvidia-smi", f"--id={card}", "--query-gpu=clocks.sm,clocks.mem", "--format=csv,noheader,nounits")
     return asked.replace(", ", "/")

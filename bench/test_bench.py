@@ -1,7 +1,8 @@
 """The benchmarks under pytest-benchmark:      pytest bench/
 
-The clock is the device's. A round replays a graph that holds the call on several copies of its weights, so the times in
-the table are of all of them: `extra_info` says how many, and holds the digest of the output."""
+The clock is the device's. A round replays a graph of a millisecond or more that holds the call on several copies of its
+weights, so the times in the table are of all its calls, and of its start, which is some microseconds: `extra_info` says
+how many calls, and holds the digest of the output."""
 
 from functools import cache
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from exactmoe.bench.cases import Bench, benches
-from exactmoe.bench.clock import DeviceTimer, capture
+from exactmoe.bench.clock import DeviceTimer, capture, enough
 from exactmoe.bench.run import calls_of, judge
 from exactmoe.kernels.launch import resolve_device
 
@@ -36,7 +37,7 @@ def test_bench(bench: Bench, cuda: torch.device, benchmark) -> None:  # type: ig
     """Judge, then time."""
     equal, digest = judge(bench.case, cuda)
     assert equal, "its bits are not the reference's, so it has no speed"
-    calls = list(calls_of(bench, bench.case.on(cuda)))
+    calls = enough(list(calls_of(bench, bench.case.on(cuda))))
     graph = capture(calls)
     benchmark.extra_info |= {"calls": len(calls), "weight_bytes": bench.weight_bytes, "digest": digest}
     benchmark.pedantic(graph.replay, rounds=20, warmup_rounds=2)

@@ -115,19 +115,19 @@ class _Bench:
     ) -> None:  # fmt: skip
         self.file, self.device, self.profile, self.roofs = file, device, profile, roofs
         self.config = Config.from_gguf(file)
-        _release()
+        release()
         before = torch.cuda.memory_allocated(device)
         self.model = self._load(loading)
         self._held = torch.cuda.memory_allocated(device) - before
         self._most = self._in_use()  # the allocator keeps what was taken, until it is told to release
-        _release()
+        release()
         self._loaded = self._in_use()
 
     def row(self, whole: Whole) -> Row:
         """Judge one row, and time it where it is right."""
         kinds = {"decode": self._decode, "prefill": self._prefill, "load": self._reload}
         row = kinds.get(whole.kind, self._memory)(whole)
-        _release()
+        release()
         return row
 
     def _decode(self, whole: Whole) -> Row:
@@ -158,14 +158,14 @@ class _Bench:
         """The times of what production does, and the memory it takes without that of the judgement."""
         if not judged[0]:
             return None
-        _release()
+        release()
         times = Times.of(timed())
         self._most = max(self._most, self._in_use())
         return times
 
     def _timed_load(self) -> float:
         del self.model
-        _release()
+        release()
         started = time.perf_counter()
         self.model = self._load(None)
         return 1e6 * (time.perf_counter() - started)
@@ -290,6 +290,7 @@ def _digest(parts: dict[str, Tensor]) -> str:
     return digest([(name, tensor.cpu().numpy()) for name, tensor in parts.items()])
 
 
-def _release() -> None:
+def release() -> None:
+    """Give the device back what nothing holds."""
     gc.collect()
     torch.cuda.empty_cache()

@@ -3,11 +3,12 @@
     python -m exactmoe.bench.worker PROFILE [SHARE]
     python -m exactmoe.bench.worker PROFILE --model MODEL.gguf
 
-It reads names, a line each, and answers each with a line of JSON: {"name", "us", "equal", "digest"}, or {"name",
-"error"} for a benchmark it does not have. What a benchmark needs is made when it is first asked for, and judged. After
-the name "renew", answered with {"name", "renewed"}, what it works on is made anew when it is asked for again, in other
-memory. With a SHARE everything is slowed down by it, and the share that was measured is in the answer as "planted".
-With a MODEL the names are those of its decode steps, and a time is that of a token, of one run. It is never renewed."""
+It reads names, a line each, and answers each with a line of JSON: {"name", "us", "equal", "digest"}, of a kernel with
+the "method" of its clock, or {"name", "error"} for a benchmark it does not have. What a benchmark needs is made when it
+is first asked for, and judged. After the name "renew", answered with {"name", "renewed"}, what it works on is made anew
+when it is asked for again, in other memory. With a SHARE everything is slowed down by it, and the share that was
+measured is in the answer as "planted". With a MODEL the names are those of its decode steps, and a time is that of a
+token, of one run. It is never renewed."""
 
 import json
 import random
@@ -38,7 +39,7 @@ def timer(profile: str, share: float | None = None) -> Callable[[str], dict[str,
 
     device = resolve_device("cuda")
     from exactmoe.bench.cases import benches
-    from exactmoe.bench.clock import CALLS_AT_LEAST, capture, elapsed
+    from exactmoe.bench.clock import METHOD, capture, enough, replay_us
     from exactmoe.bench.plant import planted
     from exactmoe.bench.run import calls_of, judge
     from exactmoe.kernels.errors import InvalidInput
@@ -66,8 +67,7 @@ def timer(profile: str, share: float | None = None) -> Callable[[str], dict[str,
         if name not in ready:
             # Something before it, or it would get the memory that it had.
             room[:] = [torch.empty(random.randrange(1, 64) << 21, dtype=torch.uint8, device=device)]
-            calls = list(calls_of(table[name], args))
-            work = calls * max(1, -(-CALLS_AT_LEAST // len(calls)))
+            work = enough(list(calls_of(table[name], args)))
             if share is None:
                 graph = capture(work)
             else:
@@ -77,7 +77,7 @@ def timer(profile: str, share: float | None = None) -> Callable[[str], dict[str,
                     return {"error": str(error)}
             ready[name] = graph, work
         graph, work = ready[name]
-        return {"us": elapsed(graph.replay) / len(work) if said["equal"] else None, **said}
+        return {"us": replay_us(graph) / len(work) if said["equal"] else None, "method": METHOD, **said}
 
     return answer
 

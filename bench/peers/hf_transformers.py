@@ -1,23 +1,17 @@
-"""Hugging Face transformers: its Qwen3-MoE layer in bf16, or its decoding of the same file."""
+"""Hugging Face transformers: its Qwen3-MoE layer in bf16."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from exactmoe.bench.cases import A
-from exactmoe.bench.clock import Times, elapsed
 from exactmoe.bench.peers.layer import Layer, rows_of
 from exactmoe.bench.peers.rows import Absent, PeerRow
 
-if TYPE_CHECKING:
-    from exactmoe.model.config import Config
-
 PEER = "transformers"
-_TOKENS, _RUNS = 128, 5
 
 
 def installed() -> str:
@@ -78,35 +72,3 @@ def layer_rows(device: torch.device) -> Iterator[PeerRow]:
             raise
         except Exception as error:  # a way that this version lacks, or that cannot be captured
             yield PeerRow(f"{PEER} {experts}", "moe-layer", absent=f"{type(error).__name__}: {error}".splitlines()[0])
-
-
-def model_rows(path: Path, config: "Config", device: torch.device, context: int) -> Iterable[PeerRow]:
-    """Greedy decoding of the file, whose weights it makes bf16. Raises Absent where they do not fit."""
-    name = installed()
-    free = torch.cuda.mem_get_info(device)[0]
-    need = 2 * _parameters(config)
-    if need > free:
-        raise Absent(f"it makes the weights bf16: {need / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free")
-    try:
-        from transformers import AutoModelForCausalLM
-
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            str(path.parent), gguf_file=path.name, dtype=torch.bfloat16
-        ).to(device)
-    except Exception as error:
-        raise Absent(f"it does not load {path.name}: {type(error).__name__}: {error}".splitlines()[0]) from error
-    prompt = torch.arange(max(context, 1), device=device)[None] % config.vocab
-
-    def generate(tokens: int) -> float:
-        return elapsed(lambda: model.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False))
-
-    generate(_TOKENS)
-    # What the prompt takes is in both.
-    samples = [(generate(_TOKENS) - generate(1)) / (_TOKENS - 1) for _ in range(_RUNS)]
-    return [PeerRow(PEER, f"decode-{context}", "bf16", Times.of(samples), version=name)]
-
-
-def _parameters(config: "Config") -> int:
-    moe = config.n_experts * 3 * config.hidden * config.expert_width
-    attention = 2 * config.hidden * (config.n_heads + config.n_kv_heads) * config.head_dim
-    return config.n_layers * (moe + attention) + 2 * config.vocab * config.hidden

@@ -11,13 +11,12 @@ import torch.nn.functional as torch_f
 from torch import Tensor
 
 from exactmoe.bench.cases import PREFILL, A, D, E, F
-from exactmoe.bench.clock import time_graph
+from exactmoe.bench.clock import ROTATED, time_graph
 from exactmoe.bench.peers.rows import PeerRow
 
 GroupedMM = Callable[
     [Tensor, Tensor, Tensor], Tensor
 ]  # rows [R, K], weights [E, K, N], ends of the groups [E] -> [R, N]
-_CACHE_BYTES = 50 * 2**20
 _MORE = 63  # rows drawn beyond those taken
 
 
@@ -108,7 +107,7 @@ def rows_of(
             yield row
             continue
         size = round(E * (1 - (1 - A / E) ** T)) * expert_bytes
-        while len(calls) * size < 4 * _CACHE_BYTES:
+        while len(calls) * size < ROTATED:
             layers.append(Layer.random(device, seed=len(layers)))
             calls.append(prepare(layers[-1]))
         cold = time_graph([lambda call=call, x=x: call(x) for call in calls])  # type: ignore[misc]

@@ -36,7 +36,9 @@ def _tests(text: str, program: Path, context: int) -> list[dict[str, Any]]:
         raise Absent(f"{program.name} printed no list of tests")
     for test in found:
         missing = [
-            key for key in (*wanted, "samples_ts", "build_number") if not isinstance(test, dict) or key not in test
+            key
+            for key in (*wanted, "samples_ts", "build_number", "build_commit")
+            if not isinstance(test, dict) or key not in test
         ]
         if missing:
             raise Absent(f"{program.name} gives no {', '.join(missing)}: it is of another version than is known here")
@@ -48,4 +50,5 @@ def _tests(text: str, program: Path, context: int) -> list[dict[str, Any]]:
 
 def _row(test: dict[str, Any], context: int) -> PeerRow:
     samples = [1e6 / float(rate) for rate in test["samples_ts"]]
-    return PeerRow(PEER, f"decode-{context}", "the file's types", Times.of(samples), version=f"b{test['build_number']}")
+    version = f"b{test['build_number']} {test['build_commit']}"
+    return PeerRow(PEER, f"decode-{context}", "the file's types", Times.of(samples), version=version)

@@ -1,10 +1,11 @@
 """What other software takes for the same work, beside our rows: never our bits, so judged by closeness.
 
-A peer is asked for by name. One that is not installed, or not as it is known here, is absent, with the reason; one
-whose numbers are far from the layer's is wrong, and gets no time."""
+A peer is asked for by name. One that is not installed, or not as it is known here, is absent, with the reason. A layer
+is judged by the layer in f64, a model by our logits; one whose numbers are far from them is wrong, and gets no time.
+llama-bench gives no numbers to judge, so its rows say that they are not judged."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from exactmoe.bench.clock import Times
 from exactmoe.kernels.errors import InvalidInput, require
 
 PEERS = ("torch-grouped-mm", "transformers", "llama.cpp")
-NEAR = 0.02  # of the norm: bf16 keeps 8 bits, and rounds four times on the way
+NEAR = 0.02  # of the norm of a layer: bf16 keeps 8 bits, and rounds four times on the way
 
 
 class Absent(Exception):
@@ -37,12 +38,17 @@ class PeerRow:
     gb_s: float | None = None  # of the peer's own weights
     version: str = ""
     absent: str = ""  # why there is nothing
-    error: float | None = None  # relative distance from the layer in f64; None where nothing was compared
+    error: float | None = None  # relative distance from what it is judged by; None where nothing was compared
+    near: float = NEAR  # that it may have
 
     @property
     def wrong(self) -> bool:
         """Compared, and not close."""
-        return self.error is not None and not self.error <= NEAR
+        return self.error is not None and not self.error <= self.near
+
+    def timed(self, times: Times) -> "PeerRow":
+        """The row with its times."""
+        return replace(self, cold=times)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -53,10 +59,11 @@ class PeerRow:
         if self.absent:
             return f"{what:36} absent: {self.absent}"
         if self.wrong or self.cold is None:
-            return f"{what:36} WRONG: {self.error:.1%} from the layer in f64, so it has no time"
+            return f"{what:36} WRONG: {self.error:.1%} from what it is judged by, so it has no time"
         times = f"{self.cold.median:10.2f} {self.cold.p10:9.2f} {self.cold.p90:9.2f}"
         rate = f" {self.gb_s:7.0f} GB/s" if self.gb_s else ""
-        return f"{what:36} {times} us{rate}  {self.computes}, {self.version}, not our bits"
+        judged = "not judged" if self.error is None else f"{self.error:.1%} away"
+        return f"{what:36} {times} us{rate}  {self.computes}, {self.version}, {judged}"
 
 
 def parse(asked: Iterable[Sequence[str]], whole_model: bool) -> list[Asked]:

@@ -10,7 +10,9 @@ from exactmoe.bench.peers.rows import Asked, PeerRow, collect
 from exactmoe.kernels.errors import MissingEnvironment
 
 if TYPE_CHECKING:
+    from exactmoe.bench.peers.hf_model import Logits
     from exactmoe.model.config import Config
+    from exactmoe.model.gguf.reader import GGUFFile
 
 
 def layer_peers(asked: Sequence[Asked], device: torch.device) -> Iterator[PeerRow]:
@@ -23,20 +25,19 @@ def layer_peers(asked: Sequence[Asked], device: torch.device) -> Iterator[PeerRo
 
 
 def model_peers(
-    asked: Sequence[Asked], path: Path, config: "Config", device: torch.device, contexts: Sequence[int]
-) -> Iterator[PeerRow]:
-    """Decoding of the file by each peer, after each context."""
-    from exactmoe.bench.peers import hf_transformers, llama_cpp
+    asked: Sequence[Asked], file: "GGUFFile", config: "Config", device: torch.device, contexts: Sequence[int],
+    ours: "Logits",
+) -> Iterator[PeerRow]:  # fmt: skip
+    """Decoding of the file by each peer, after each context; one that gives logits is judged by `ours`."""
+    from exactmoe.bench.peers import hf_model, llama_cpp
 
+    path = Path(file.path)
     for peer in asked:
+        if peer.program is None:
+            yield from collect(peer.peer, lambda: hf_model.rows(file, config, device, contexts, ours))
+            continue
         for context in contexts:
-            if peer.program is not None:
-                yield from collect(peer.peer, lambda p=peer.program, c=context: llama_cpp.rows(p, path, c))  # type: ignore[misc]
-            else:
-                yield from collect(
-                    peer.peer,
-                    lambda c=context: hf_transformers.model_rows(path, config, device, c),  # type: ignore[misc]
-                )
+            yield from collect(peer.peer, lambda p=peer.program, c=context: llama_cpp.rows(p, path, c))  # type: ignore[misc]
 
 
 def require_some(rows: Sequence[PeerRow]) -> None:

@@ -7,10 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from exactmoe.bench import clock as clock_module
 from exactmoe.bench import run as running
 from exactmoe.bench.cases import Bench, benches
 from exactmoe.bench.clock import Times
 from exactmoe.bench.history import lines, read
+from exactmoe.bench.page import render_history
 from exactmoe.cli.main import main
 from exactmoe.kernels.errors import InvalidInput, MissingEnvironment
 from exactmoe.kernels.launch import resolve_device
@@ -78,7 +80,7 @@ def test_weights_are_rotated_through_more_memory_than_the_cache_has() -> None:
     huge = SMALL._replace(weight_bytes=60 * 2**20)
     args = huge.case.on(resolve_device("auto"))
     calls = list(running.calls_of(huge, args))
-    assert len(calls) * huge.weight_bytes >= 4 * 50 * 2**20
+    assert len(calls) * huge.weight_bytes >= clock_module.ROTATED >= 12 * 50 * 2**20
     own = [next(cell for cell in call.__defaults__[0] if isinstance(cell, torch.Tensor)) for call in calls]  # type: ignore[attr-defined]
     shared = next(arg for arg in args if isinstance(arg, torch.Tensor))
     assert len({tensor.data_ptr() for tensor in (*own, shared)}) == len(calls) + 1
@@ -102,6 +104,18 @@ def test_the_history_says_when_numbers_changed_and_never_calls_that_faster(tmp_p
     assert ["numbers changed" in line for line in shown[1:]] == [False, False, True, False]
     assert "WRONG" in shown[4]
     assert not any("faster" in line for line in shown)
+
+
+def test_the_history_says_when_a_time_came_to_mean_something_else_but_not_of_models(tmp_path: Path) -> None:
+    file = tmp_path / "gpu.jsonl"
+
+    def run(method: int, model: str = "") -> str:
+        return json.dumps({**json.loads(_run("a", 9, "x", model=model)), "method": method})
+
+    file.write_text("\n".join([_run("a", 9, "x"), run(1), run(2), run(2), _run("b", 9, "x", model="m"), run(2, "m")]))
+    shown = list(lines(read(file), []))
+    assert ["timed otherwise" in line for line in shown] == [False, False, False, True, False, False, False, False]
+    assert render_history(read(file), "GPU").count("timed otherwise") == 1
 
 
 def test_another_activation_profile_is_another_benchmark(tmp_path: Path) -> None:
@@ -172,9 +186,11 @@ def test_the_clocks_are_those_of_the_device_that_is_timed(monkeypatch: pytest.Mo
         return "1980, 2619"
 
     monkeypatch.setattr(running, "_ask", ask)
+    monkeypatch.setattr(running, "keep_busy", lambda device: asked.append(("busy", str(device))))
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=f"12-ab-{device.index}")
     )
     assert running._clocks(torch.device("cuda", 3)) == "1980/2619"
-    (command,) = asked
+    busy, command = asked
+    assert busy == ("busy", "cuda:3"), "at rest the clocks are low"
     assert command[:2] == ("nvidia-smi", "--id=GPU-12-ab-3")

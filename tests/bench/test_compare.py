@@ -118,7 +118,7 @@ def test_of_what_takes_long_fewer_pairs_are_taken(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(comparing.time, "perf_counter", lambda: now[0])
     (found,) = compare(["x"], side, side)
     assert found.verdict == "same"
-    assert asked[0] == 2 * 2 * (2 + 2) * STRETCHES
+    assert asked[0] == 2 * (2 + 2) * STRETCHES
 
 
 def test_an_answer_that_takes_long_once_later_on_changes_no_number_of_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,13 +126,13 @@ def test_an_answer_that_takes_long_once_later_on_changes_no_number_of_pairs(monk
 
     def side(name: str) -> dict[str, Any]:
         asked[0] += name != RENEW
-        now[0] += 0.2 if asked[0] > 1000 else 0.0
+        now[0] += 0.2 if asked[0] > 500 else 0.0
         return {"us": 10.0, "equal": True, "digest": "x", "renewed": True}
 
     monkeypatch.setattr(comparing.time, "perf_counter", lambda: now[0])
     (found,) = compare(["x"], side, side)
     assert found.verdict == "same"
-    assert asked[0] == 2 * 2 * (2 * STRETCHES + PAIRS)
+    assert asked[0] == 2 * (2 * STRETCHES + PAIRS)
 
 
 @pytest.mark.parametrize(("machine", "alarms", "seen"), [("quiet", 0, 200), ("loud", 4, 110), ("uneven", 6, 150)])
@@ -200,7 +200,7 @@ def test_sides_are_asked_in_turn_and_the_order_changes_and_so_who_takes_memory_f
         return ask
 
     (found,) = compare(["x"], side("A"), side("B"), 2 * STRETCHES)
-    first, second = "AABBBBAA", "BBAAAABB"
+    first, second = "ABBA", "BAAB"
     if renews:
         assert "".join(asked) == ("ab" + 2 * first + "ab" + 2 * second) * (STRETCHES // 2)
     else:  # what stays where it is warms up once
@@ -229,19 +229,11 @@ def test_a_side_that_is_slow_because_it_takes_its_memory_second_is_not_slower() 
     assert found.verdict == "same"
 
 
-def test_what_is_asked_behind_the_other_side_does_not_count() -> None:
-    last: list[str] = []
-
-    def side(name: str, late: float) -> Callable[[str], dict[str, Any]]:
-        def ask(what: str) -> dict[str, Any]:
-            us = 10.0 if last and last[-1] == name else 10.0 * late
-            last.append(name)
-            return {} if what == RENEW else {"us": us, "equal": True, "digest": "x"}
-
-        return ask
-
-    (found,) = compare(["x"], side("A", 1.0), side("B", 1.5))
-    assert (found.verdict, found.ratio) == ("same", pytest.approx(1))
+def test_times_of_another_meaning_are_not_compared() -> None:
+    with pytest.raises(InvalidInput, match="clock measures something else"):
+        list(compare(["x"], machine(1), machine(1, method=2)))
+    (found,) = compare(["x"], machine(1, method=2), machine(1, method=2))
+    assert found.verdict == "same"
 
 
 def test_a_worker_answers_a_line_with_a_line(tmp_path: Path) -> None:

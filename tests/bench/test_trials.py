@@ -68,7 +68,7 @@ def test_no_spin_is_found_where_one_takes_too_long_or_changes_nothing(measure: C
 @pytest.mark.parametrize(("every", "order"), [(1, "cscscscscs"), (2, "ccsccscs"), (5, "cccccs"), (9, "cccccs")])
 def test_spins_stand_behind_the_calls(every: int, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
-    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: ran.append("s" if cycles == 7 else "?"))
+    monkeypatch.setattr(planting, "spin", lambda cycles: ran.append("s" if cycles == 7 else "?"))
     for call in spinning([lambda: ran.append("c")] * 5, every, 7):
         call()
     assert "".join(ran) == order
@@ -132,10 +132,11 @@ def test_a_worker_with_a_share_plants_it_and_says_what_was_measured(monkeypatch:
     monkeypatch.setattr(running, "judge", lambda case, device: (True, "d"))
     monkeypatch.setattr(running, "calls_of", lambda bench, args: [lambda: None] * 3)
     monkeypatch.setattr(clock, "capture", lambda calls: graph)
-    monkeypatch.setattr(clock, "elapsed", lambda call: 90.0)
+    monkeypatch.setattr(clock, "enough", lambda calls: 3 * calls)
+    monkeypatch.setattr(clock, "replay_us", lambda graph: 90.0)
     monkeypatch.setattr(planting, "planted", plant)
     answer = timer("q8_k", 0.03)
-    assert answer("qkv") == {"us": 10.0, "equal": True, "digest": "d", "planted": 0.031}
+    assert answer("qkv") == {"us": 10.0, "method": clock.METHOD, "equal": True, "digest": "d", "planted": 0.031}
     assert answer("router") == {"error": "a delay cannot be planted"}
-    assert timer("q8_k")("qkv") == {"us": 10.0, "equal": True, "digest": "d"}
+    assert timer("q8_k")("qkv") == {"us": 10.0, "method": clock.METHOD, "equal": True, "digest": "d"}
     assert graphs == [0.03, 0.03]

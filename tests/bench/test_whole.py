@@ -214,6 +214,7 @@ def device_of_numbers(monkeypatch: pytest.MonkeyPatch, file: GGUFFile) -> None:
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a device")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="12-ab"))
+    monkeypatch.setattr("exactmoe.bench.run.keep_busy", lambda _: None)
 
 
 ROWS = [Whole("load"), Whole("memory-loaded"), Whole("decode", 4), Whole("prefill", 5), Whole("memory-most")]

@@ -9,6 +9,7 @@ import torch
 
 from exactmoe.bench import compare as comparing
 from exactmoe.bench import step, whole, worker
+from exactmoe.bench.clock import METHOD
 from exactmoe.cli.main import main
 from exactmoe.model import decode
 from exactmoe.model.weights import Model, load_model
@@ -65,12 +66,13 @@ def test_a_benchmark_is_made_anew_in_other_memory_and_judged_once(monkeypatch: p
     monkeypatch.setattr("exactmoe.bench.run.calls_of", copies)
     monkeypatch.setattr("exactmoe.bench.run.judge", lambda case, _: judged.append(str(case)) or (True, "digest"))
     monkeypatch.setattr("exactmoe.bench.clock.capture", lambda _: Graph())
-    monkeypatch.setattr("exactmoe.bench.clock.elapsed", lambda _: 80.0)
+    monkeypatch.setattr("exactmoe.bench.clock.enough", lambda calls: 8 * calls)
+    monkeypatch.setattr("exactmoe.bench.clock.replay_us", lambda _: 80.0)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: rooms.append(0))
     answer = worker.timer("q8_k")
     monkeypatch.setattr(torch, "empty", room)
     said = [answer(name) for name in ("norm-8", "norm-8", worker.RENEW, "norm-8", "norm-8", "nothing", "route-8")]
-    time = {"us": 10.0, "equal": True, "digest": "digest"}
+    time = {"us": 10.0, "method": METHOD, "equal": True, "digest": "digest"}
     assert said == [
         time,
         time,

@@ -250,19 +250,23 @@ def _whole(args: argparse.Namespace) -> int:
         found, model = run_wholes(
             chosen, file, device, args.activations, lambda row: print(_line(row), file=stream, flush=True), tell
         )
-    peers = []
-    if asked := _asked(args):
-        from exactmoe.bench.peers.run import model_peers
-
-        contexts = [row.tokens for row in chosen if row.kind == "decode"]
-        peers = _told(model_peers(asked, Path(args.model), config, device, contexts), stream)
-    status = _finish(args, found, stream, peers)
-    if args.trace is not None and status == 0:
+    if args.trace is not None and all(row.equal for row in found.rows):
         trace = trace_step(model, args.context or 0, args.trace)
         for kernel in summary(trace):
             print(f"{kernel.name:36} {kernel.calls:6} calls {kernel.median:9.2f} us {kernel.total:11.1f}", file=stream)
         print(f"{busy(trace):.1f} us busy; {args.trace} opens in ui.perfetto.dev", file=stream)
-    return status
+    peers = []
+    if asked := _asked(args):
+        from exactmoe.bench.peers.hf_model import Logits
+        from exactmoe.bench.peers.run import model_peers
+        from exactmoe.bench.whole import release
+
+        contexts = [row.tokens for row in chosen if row.kind == "decode"]
+        ours = Logits.of(model)
+        del model
+        release()  # a peer needs the device's memory for weights of its own
+        peers = _told(model_peers(asked, file, config, device, contexts, ours), stream)
+    return _finish(args, found, stream, peers)
 
 
 def _known(names: list[str], table: Mapping[str, object]) -> list[str]:
