@@ -33,7 +33,7 @@ PAIRS = 480
 PAIRS_OF_STEPS = 40  # a run of 128 steps takes as long as hundreds of kernels, and varies less
 _LONG = 0.1  # seconds of an answer, from which on so few pairs are taken of kernels too
 STRETCHES = 20
-SAME = 0.01  # a ratio closer to 1 is no difference, however sure
+SAME = 0.005  # a ratio closer to 1 is no difference, however sure
 _STUDENT = 3.250  # 99% of a t of STRETCHES / 2 - 1 degrees of freedom lies within
 _RESAMPLES = 200
 

@@ -4,7 +4,7 @@ A peer is asked for by name. One that is not installed, or not as it is known he
 is judged by the layer in f64, a model by our logits; one whose numbers are far from them is wrong, and gets no time.
 llama-bench gives no numbers to judge, so its rows say that they are not judged."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -87,9 +87,9 @@ def parse(asked: Iterable[Sequence[str]], whole_model: bool) -> list[Asked]:
     return found
 
 
-def collect(peer: str, rows: Callable[[], Iterable[PeerRow]]) -> list[PeerRow]:
-    """A peer's rows, or the one that says why it is absent."""
+def collect(peer: str, rows: Callable[[], Iterable[PeerRow]]) -> Iterator[PeerRow]:
+    """A peer's rows as they come, or the one that says why it is absent."""
     try:
-        return list(rows())
+        yield from rows()
     except Absent as error:
-        return [PeerRow(peer, "", absent=str(error))]
+        yield PeerRow(peer, "", absent=str(error))
