@@ -26,6 +26,7 @@ def read(path: Path) -> list[dict[str, Any]]:
             missing = [key for key in _RUN if key not in found]
             for row in found["rows"]:
                 missing += [key for key in _ROW if key not in row]
+            for row in (*found["rows"], *found.get("peers", ())):
                 if found["activations"] != "q8_k":
                     row["name"] += f" {found['activations']}"
                 if found["model"]:

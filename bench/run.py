@@ -15,6 +15,7 @@ import torch
 
 from exactmoe.bench.cases import Bench
 from exactmoe.bench.clock import METHOD, ROTATED, Times, copy_bandwidth, keep_busy, matmul_rate, time_graph
+from exactmoe.bench.peers.rows import PeerRow
 from exactmoe.kernels.errors import MissingEnvironment, require
 from exactmoe.parity.bits import compare, digest
 from exactmoe.parity.cases import Case, kernel, kernel_output, reference_output
@@ -84,10 +85,11 @@ class Run:
     matmul_tflop_s: float
     rows: tuple[Row, ...]
     method: int = METHOD  # of timing
+    peers: tuple[PeerRow, ...] = ()  # what was timed beside them
 
     def to_dict(self) -> dict[str, Any]:
         """As a line of the history has it."""
-        return asdict(self)
+        return asdict(self) | {"peers": [row.to_dict() for row in self.peers]}
 
 
 def judge(case: Case, device: torch.device) -> Judged:

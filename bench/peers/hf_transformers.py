@@ -1,6 +1,6 @@
 """Hugging Face transformers: its Qwen3-MoE layer in bf16."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -59,15 +59,15 @@ def block(layer: Layer, top_k: int, experts: str) -> Callable[[Tensor], Tensor]:
     return call
 
 
-def layer_rows(device: torch.device) -> Iterator[PeerRow]:
-    """The layer, in each way of running experts that can be captured."""
+def layer_rows(device: torch.device, chunks: Sequence[int]) -> Iterator[PeerRow]:
+    """The layer of so many tokens each, in each way of running experts that can be captured."""
     for experts in ("grouped_mm", "batched_mm"):
 
         def prepare(layer: Layer, experts: str = experts) -> Callable[[Tensor], Tensor]:
             return block(layer._replace(router=layer.router.bfloat16().float()), A, experts)
 
         try:
-            yield from rows_of(f"{PEER} {experts}", installed(), "bf16", device, prepare)
+            yield from rows_of(f"{PEER} {experts}", installed(), "bf16", device, prepare, chunks)
         except Absent:
             raise
         except Exception as error:  # a way that this version lacks, or that cannot be captured

@@ -3,14 +3,14 @@
 T tokens, E experts, A active, D width, F expert width. Everything stays on the device: the layer can be captured."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as torch_f
 from torch import Tensor
 
-from exactmoe.bench.cases import PREFILL, A, D, E, F
+from exactmoe.bench.cases import A, D, E, F
 from exactmoe.bench.clock import ROTATED, time_graph
 from exactmoe.bench.peers.rows import PeerRow
 
@@ -91,13 +91,13 @@ def distance(found: Tensor, wanted: Tensor) -> float:
 
 def rows_of(
     peer: str, version: str, computes: str, device: torch.device,
-    prepare: Callable[[Layer], Callable[[Tensor], Tensor]],
+    prepare: Callable[[Layer], Callable[[Tensor], Tensor]], chunks: Sequence[int],
 ) -> Iterator[PeerRow]:  # fmt: skip
-    """A row for one token and each chunk: judged on few tokens, timed on copies of the layer that no cache holds."""
+    """A row for each number of tokens: judged on few tokens, timed on copies of the layer that no cache holds."""
     layers = [Layer.random(device)]
     calls = [prepare(layers[0])]
     expert_bytes = 6 * D * F
-    for T in (1, *PREFILL):
+    for T in sorted(chunks):
         generator = torch.Generator(device).manual_seed(T)
         drawn = torch.randn(T + _MORE, D, generator=generator, device=device).bfloat16()
         x = clear_rows(layers[0], drawn, T, A)

@@ -7,21 +7,30 @@ from typing import TYPE_CHECKING
 import torch
 
 from exactmoe.bench.peers.rows import Asked, PeerRow, collect
-from exactmoe.kernels.errors import MissingEnvironment
+from exactmoe.kernels.errors import MissingEnvironment, require
 
 if TYPE_CHECKING:
     from exactmoe.bench.peers.hf_model import Logits
     from exactmoe.model.config import Config
     from exactmoe.model.gguf.reader import GGUFFile
 
+_LAYER = "moe-layer-"
 
-def layer_peers(asked: Sequence[Asked], device: torch.device) -> Iterator[PeerRow]:
-    """The MoE layer of each peer."""
+
+def chunks_of(names: Sequence[str]) -> list[int]:
+    """The tokens of the MoE layers among the benchmarks `names`. Raises InvalidInput where there are none."""
+    chunks = [int(name.removeprefix(_LAYER)) for name in names if name.startswith(_LAYER)]
+    require(bool(chunks), f"--peer is beside the MoE layer or a --model: none of {', '.join(names)} is a {_LAYER}N")
+    return chunks
+
+
+def layer_peers(asked: Sequence[Asked], device: torch.device, chunks: Sequence[int]) -> Iterator[PeerRow]:
+    """The MoE layer of each peer, of so many tokens each."""
     from exactmoe.bench.peers import hf_transformers, torch_grouped_mm
 
     sources = {"torch-grouped-mm": torch_grouped_mm.rows, "transformers": hf_transformers.layer_rows}
     for peer in asked:
-        yield from collect(peer.peer, lambda peer=peer: sources[peer.peer](device))  # type: ignore[misc]
+        yield from collect(peer.peer, lambda peer=peer: sources[peer.peer](device, chunks))  # type: ignore[misc]
 
 
 def model_peers(

@@ -1,6 +1,6 @@
 """torch's own grouped product in bf16, and the MoE layer around it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 
 import torch
@@ -25,10 +25,10 @@ def grouped_mm() -> GroupedMM:
     return call
 
 
-def rows(device: torch.device) -> Iterable[PeerRow]:
-    """Its rows on `device`."""
+def rows(device: torch.device, chunks: Sequence[int]) -> Iterable[PeerRow]:
+    """Its layer of so many tokens each."""
     product = grouped_mm()
     return rows_of(
         "torch-grouped-mm", f"torch {version('torch')}", "bf16", device,
-        lambda layer: lambda x: run_layer(layer, x, A, product),
+        lambda layer: lambda x: run_layer(layer, x, A, product), chunks,
     )  # fmt: skip

@@ -45,6 +45,30 @@ def test_the_table_has_the_latest_number_of_each_benchmark_with_its_commit_and_d
     assert by_device(RUNS) == [TABLE]
 
 
+LLAMA = {"peer": "llama.cpp", "name": "qkv", "computes": "its types", "cold": [20.0, 19, 21], "version": "b7"}
+BESIDE = """\
+| beside us on GPU | theirs | ours | theirs to ours | computes in | version | commit | date |
+|---|--:|--:|--:|---|---|---|---|
+| qkv, llama.cpp | 20 us | 4 us | 5.00 | its types | b7 | `aaaaaaaaaaaa` | 2026-02-03 |"""
+
+
+def test_other_software_has_a_table_with_our_number_of_the_same_run_beside_it() -> None:
+    gone, wrong = {"peer": "a", "name": "qkv", "absent": "not here"}, {"peer": "b", "name": "qkv", "error": 0.5}
+    runs = [
+        a_run(QKV) | {"peers": [LLAMA | {"cold": [99.0, 98, 100]}]},
+        a_run(QKV | {"cold": [4.0, 4, 4]}, date="2026-02-03T00:00:00") | {"peers": [LLAMA, gone, wrong]},
+        a_run(QKV | {"cold": [5.0, 5, 5]}),
+        a_run(LM) | {"peers": [LLAMA | {"cold": [1.0, 1, 1]}]},  # ours was not run with it
+    ]
+    speeds, beside = by_device(runs)
+    assert speeds.startswith("| on GPU |")
+    assert beside == BESIDE
+    text = f"Words.\n\n{speeds}\n\nMore.\n\n{beside}\n"
+    assert differences(text, [speeds, beside]) == []
+    assert differences(text.replace("5.00", "6.00"), [speeds, beside])
+    assert differences(text, [speeds])
+
+
 def test_a_benchmark_that_has_become_wrong_has_no_number() -> None:
     (table,) = by_device([*RUNS, a_run(QKV | {"equal": False, "cold": None, "gb_s": None, "roof": None})])
     assert "| qkv | wrong, so it has no number |" in table

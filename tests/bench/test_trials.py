@@ -17,8 +17,8 @@ from exactmoe.bench import plant as planting
 from exactmoe.bench import run as running
 from exactmoe.bench.compare import Verdict
 from exactmoe.bench.plant import Spins, calibrate, planted, spinning, spins
-from exactmoe.bench.worker import RENEW, timer
 from exactmoe.bench.trials import lines, tally, wilson
+from exactmoe.bench.worker import RENEW, timer
 from exactmoe.cli.main import main
 from exactmoe.kernels import launch
 from exactmoe.kernels.errors import InvalidInput

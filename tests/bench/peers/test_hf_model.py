@@ -1,6 +1,7 @@
 """The peer that decodes the same file: its weights, by what it is judged, and when it gets no time. Its library and the
 clock are stand-ins here."""
 
+import json
 import sys
 import weakref
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from exactmoe.bench.peers import hf_model, hf_transformers
 from exactmoe.bench.peers import run as peers_run
 from exactmoe.bench.peers.hf_model import Logits, load, rows, time_steps
 from exactmoe.bench.peers.rows import PeerRow, collect
+from exactmoe.bench.run import Run
 from exactmoe.cli.main import main
 from exactmoe.model.config import Config
 from exactmoe.model.gguf.reader import GGUFFile, open_gguf
@@ -256,8 +258,7 @@ def test_our_model_is_gone_before_a_peer_takes_the_memory(
     def run_wholes(*_: Any) -> tuple[Any, Held]:
         model = Held()
         held.append(weakref.ref(model))
-        run = SimpleNamespace(rows=[SimpleNamespace(equal=True)], copy_gb_s=1.0, matmul_tflop_s=1.0, to_dict=dict)
-        return run, model
+        return Run("d", "c", "a device", "1/2", {}, "n", "q8_k", "m", 1.0, 1.0, ()), model
 
     def peers(_asked: Any, file: GGUFFile, _config: Any, _device: Any, contexts: list[int], ours: str) -> Iterator[Any]:
         assert (held[0](), contexts, ours) == (None, [0], "logits")
@@ -268,5 +269,7 @@ def test_our_model_is_gone_before_a_peer_takes_the_memory(
     monkeypatch.setattr(Logits, "of", lambda model: "logits" if isinstance(model, Held) else pytest.fail("no model"))
     monkeypatch.setattr(peers_run, "model_peers", peers)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    assert main(["bench", "--model", str(model_file), "decode-0", "--peer", "transformers"]) == 0
-    assert "transformers decode-0 of small.gguf" in capsys.readouterr().out
+    assert main(["bench", "--model", str(model_file), "decode-0", "--peer", "transformers", "--json", "-"]) == 0
+    said = capsys.readouterr()
+    assert "transformers decode-0 of small.gguf" in said.err
+    assert [row["name"] for row in json.loads(said.out)["peers"]] == ["decode-0 of small.gguf"]

@@ -3,7 +3,7 @@
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -15,8 +15,8 @@ from torch import Tensor
 from exactmoe.bench.clock import Times
 from exactmoe.bench.peers import hf_transformers, layer, llama_cpp, torch_grouped_mm
 from exactmoe.bench.peers.layer import Layer, clear_rows, distance, exact, rows_of, run_layer
-from exactmoe.bench.peers.rows import NEAR, Asked, PeerRow, collect, parse
-from exactmoe.bench.peers.run import require_some
+from exactmoe.bench.peers.rows import NEAR, Absent, Asked, PeerRow, collect, parse
+from exactmoe.bench.peers.run import chunks_of, require_some
 from exactmoe.cli.main import main
 from exactmoe.kernels.errors import InvalidInput, MissingEnvironment
 
@@ -93,7 +93,7 @@ def tiny_rows(monkeypatch: pytest.MonkeyPatch, small: Layer) -> list[int]:
         timed.append(len(calls))
         return Times(2.0, 1.0, 3.0)
 
-    for name, value in {"A": TOP, "D": 64, "E": 7, "F": 32, "PREFILL": (8,), "ROTATED": 2**16}.items():
+    for name, value in {"A": TOP, "D": 64, "E": 7, "F": 32, "ROTATED": 2**16}.items():
         monkeypatch.setattr(layer, name, value)
     monkeypatch.setattr(layer, "time_graph", time_graph)
     monkeypatch.setattr(Layer, "random", staticmethod(lambda _device, seed=0: small))
@@ -101,7 +101,7 @@ def tiny_rows(monkeypatch: pytest.MonkeyPatch, small: Layer) -> list[int]:
 
 
 def test_a_right_peer_is_timed_on_enough_copies(tiny_rows: list[int]) -> None:
-    found = list(rows_of("p", "p 1", "bf16", CPU, lambda w: lambda x: run_layer(w, x, TOP, loop)))
+    found = list(rows_of("p", "p 1", "bf16", CPU, lambda w: lambda x: run_layer(w, x, TOP, loop), (8, 1)))
     assert [row.name for row in found] == ["moe-layer-1", "moe-layer-8"]
     assert not any(row.wrong for row in found)
     one = TOP * 6 * 64 * 32
@@ -111,7 +111,7 @@ def test_a_right_peer_is_timed_on_enough_copies(tiny_rows: list[int]) -> None:
 
 
 def test_a_wrong_peer_gets_no_time(tiny_rows: list[int]) -> None:
-    found = list(rows_of("p", "p 1", "bf16", CPU, lambda w: lambda x: run_layer(w, x, TOP, swapped)))
+    found = list(rows_of("p", "p 1", "bf16", CPU, lambda w: lambda x: run_layer(w, x, TOP, swapped), (1, 8)))
     assert [(row.wrong, row.cold) for row in found] == [(True, None)] * 2
     assert tiny_rows == []
     assert "WRONG" in str(found[0])
@@ -120,7 +120,7 @@ def test_a_wrong_peer_gets_no_time(tiny_rows: list[int]) -> None:
 def test_a_torch_without_the_product_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch.nn.functional, "grouped_mm", raising=False)
     monkeypatch.delattr(torch, "_grouped_mm", raising=False)
-    (row,) = collect("torch-grouped-mm", lambda: torch_grouped_mm.rows(CPU))
+    (row,) = collect("torch-grouped-mm", lambda: torch_grouped_mm.rows(CPU, [1]))
     assert row.absent.endswith("has no grouped_mm")
     assert "absent" in str(row)
 
@@ -179,14 +179,14 @@ def test_a_block_in_another_form_and_no_transformers_are_absent(
     monkeypatch: pytest.MonkeyPatch, small: Layer, tiny_rows: list[int]
 ) -> None:
     _transformers(monkeypatch, Other)
-    (row,) = collect("transformers", lambda: hf_transformers.layer_rows(CPU))
+    (row,) = collect("transformers", lambda: hf_transformers.layer_rows(CPU, [1]))
     assert "another form" in row.absent
 
     def version(name: str) -> str:
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr(hf_transformers, "version", version)
-    (row,) = collect("transformers", lambda: hf_transformers.layer_rows(CPU))
+    (row,) = collect("transformers", lambda: hf_transformers.layer_rows(CPU, [1]))
     assert row.absent == "transformers is not installed"
 
 
@@ -254,6 +254,22 @@ def test_peers_are_parsed(tmp_path: Path) -> None:
     program = bench(tmp_path, "")
     assert parse([["transformers"]], False) == [Asked("transformers")]
     assert parse([["llama.cpp", str(program)]], True) == [Asked("llama.cpp", program)]
+
+
+def test_rows_are_given_as_they_come() -> None:
+    def rows() -> Iterator[PeerRow]:
+        yield PeerRow("a", "x")
+        raise Absent("gone")
+
+    found = collect("a", rows)
+    assert next(found).name == "x"
+    assert [row.absent for row in found] == ["gone"]
+
+
+def test_the_layers_of_peers_are_those_that_were_chosen() -> None:
+    assert chunks_of(["qkv", "moe-layer-1", "norm-8", "moe-layer-512"]) == [1, 512]
+    with pytest.raises(InvalidInput, match="none of qkv, norm-8 is a moe-layer-N"):
+        chunks_of(["qkv", "norm-8"])
 
 
 def test_where_every_peer_is_absent_nothing_was_compared() -> None:

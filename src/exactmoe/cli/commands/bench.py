@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -132,6 +133,11 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.compare is not None:
         return _compare(args, [bench.name for bench in chosen])
+    chunks = []
+    if asked:
+        from exactmoe.bench.peers.run import chunks_of
+
+        chunks = chunks_of([bench.name for bench in chosen])
     from exactmoe.bench.run import run as run_benches
 
     stream = sys.stderr if args.json == "-" else sys.stdout
@@ -141,7 +147,7 @@ def run(args: argparse.Namespace) -> int:
     if asked:
         from exactmoe.bench.peers.run import layer_peers
 
-        peers = _told(layer_peers(asked, device), stream)
+        peers = _told(layer_peers(asked, device, chunks), stream)
     return _finish(args, found, stream, peers)
 
 
@@ -298,7 +304,8 @@ def _told(rows: "Iterable[PeerRow]", stream: TextIO) -> "list[PeerRow]":
 def _finish(args: argparse.Namespace, found: "Run", stream: TextIO, peers: "Sequence[PeerRow]") -> int:
     """Say what the roofs were, write what was asked for; 0 if all rows are right, else 1."""
     print(f"roofs: copy {found.copy_gb_s:.0f} GB/s, fp16 matmul {found.matmul_tflop_s:.0f} TFLOP/s", file=stream)
-    _write_json(args.json, found.to_dict() | ({"peers": [row.to_dict() for row in peers]} if peers else {}))
+    found = replace(found, peers=tuple(peers))
+    _write_json(args.json, found.to_dict())
     if args.record:
         from exactmoe.bench.history import FOLDER
         from exactmoe.bench.run import append
