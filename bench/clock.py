@@ -16,7 +16,7 @@ import torch
 
 METHOD = 2  # counted up when times come to mean something else; 1 had idle starts in them, and weights from the cache
 GRAPH_US = 1000.0
-ROTATED = 16 * 50 * 2**20  # bytes of weights, 16 times the L2 of an H100: of 4 times it holds up to a sixth
+ROTATED = 16 * 50 * 2**20  # bytes of weights, 16 times the L2 of an H100: with 4, some kernels are a sixth too fast
 
 
 class Times(NamedTuple):

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -38,6 +38,7 @@ _STUDENT = 3.250  # 99% of a t of STRETCHES / 2 - 1 degrees of freedom lies with
 _RESAMPLES = 200
 
 Ask = Callable[[str], dict[str, Any]]
+Track = Callable[[Iterable[int], str], Iterable[int]]  # given the stretches of a benchmark, gives them on
 
 
 @dataclass(frozen=True)
@@ -72,21 +73,23 @@ class Verdict:
         return asdict(self)
 
 
-def compare(names: Sequence[str], other: Ask, this: Ask, pairs: int = PAIRS) -> Iterator[Verdict]:
+def compare(
+    names: Sequence[str], other: Ask, this: Ask, pairs: int = PAIRS, progress: Track = lambda stretches, _: stretches
+) -> Iterator[Verdict]:
     """Judge each benchmark by `pairs` pairs of times, as many in each stretch, and an even number; by the least such
     number where an answer takes long."""
     require(pairs > 0 and pairs % (2 * STRETCHES) == 0, f"pairs must be a multiple of {2 * STRETCHES}, got {pairs}")
     for name in names:
-        yield _compare(name, other, this, pairs)
+        yield _compare(name, other, this, pairs, progress)
 
 
-def _compare(name: str, other: Ask, this: Ask, pairs: int) -> Verdict:
+def _compare(name: str, other: Ask, this: Ask, pairs: int, progress: Track) -> Verdict:
     times: tuple[list[float], list[float]] = ([], [])
     digests: list[str] = []
     methods: set[int | None] = set()
     planted: list[float] = []
     each = pairs // STRETCHES
-    for stretch in range(STRETCHES):
+    for stretch in progress(range(STRETCHES), name):
         renewed = [ask(RENEW).get("renewed") for ask in (other, this)]
         warm = stretch == 0 or any(renewed)
         i = -2 if warm else 0  # two pairs warm up

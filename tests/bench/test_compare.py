@@ -3,7 +3,7 @@
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,6 +155,18 @@ def test_forty_pairs_as_of_whole_models_cry_no_more_and_see_less(
         slower[judge("x", *pairs(MACHINES[machine], 1.03, rng, PAIRS_OF_STEPS), False).verdict] += 1
     assert 200 - equal["same"] <= alarms
     assert slower["slower"] >= seen
+
+
+def test_the_stretches_of_each_benchmark_are_told_as_they_go_by() -> None:
+    told: list[tuple[str, int]] = []
+
+    def progress(stretches: Iterable[int], name: str) -> Iterator[int]:
+        for stretch in stretches:
+            told.append((name, stretch))
+            yield stretch
+
+    assert len(list(compare(["x", "y"], machine(1), machine(1), 2 * STRETCHES, progress))) == 2
+    assert told == [(name, stretch) for name in "xy" for stretch in range(STRETCHES)]
 
 
 def test_numbers_that_changed_are_said() -> None:

@@ -45,11 +45,13 @@ refused where it was asked for.
 With --repeat nothing is timed: one decode step runs so often after the same context, and every repeat must leave the
 same bits: logits, token, and what is appended to the cache. A CPU will do.
 
-With --peer other software does the same work in the same run: torch and transformers the MoE layer in bf16,
-transformers and llama.cpp the decoding of the --model. It has other numbers, so a layer is judged by closeness; what is
-not installed is named as absent, and nothing needs it.
+With --peer other software does the same work in the same run: torch and transformers the MoE layers among the rows, in
+bf16, transformers and llama.cpp the decoding of the --model. It has other numbers, so it is judged by closeness, a
+layer by the layer in f64 and a model by our logits; llama-bench gives none and is not judged. What is not installed is
+named as absent, and nothing needs it. With --record these rows stand beside ours in the history and the README's table.
 
-With --compare the verdict is on pairs of times, this tree's over REF's: faster, slower, or the same within an interval.
+With --compare the verdict is on pairs of times, this tree's over REF's: faster, slower, or the same: within half a
+percent, or within the interval.
 Of a --model decode steps are compared; each side holds the model, so it must fit the device twice.
 With --trials and REF the tree itself, every faster or slower is a false alarm.
 
@@ -163,7 +165,7 @@ def _write_json(path: str | None, found: object) -> None:
 
 
 def _compare(args: argparse.Namespace, names: list[str], model: str | None = None) -> int:
-    from exactmoe.bench.compare import PAIRS, PAIRS_OF_STEPS, compare, revisions
+    from exactmoe.bench.compare import PAIRS, PAIRS_OF_STEPS, STRETCHES, compare, revisions
     from exactmoe.bench.trials import lines, tally, to_dict
     from exactmoe.kernels.launch import resolve_device
 
@@ -174,7 +176,8 @@ def _compare(args: argparse.Namespace, names: list[str], model: str | None = Non
     verdicts = []
     for _ in range(args.trials or 1):
         with revisions(args.compare, args.activations, plant, model) as (other, this):
-            for verdict in compare(names, other, this, PAIRS if model is None else PAIRS_OF_STEPS):
+            pairs = PAIRS if model is None else PAIRS_OF_STEPS
+            for verdict in compare(names, other, this, pairs, lambda *of: progress.track(*of, STRETCHES)):
                 verdicts.append(verdict)
                 print(verdict, file=stream, flush=True)
     found: object = [verdict.to_dict() for verdict in verdicts]
