@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -177,7 +178,7 @@ def _compare(args: argparse.Namespace, names: list[str], model: str | None = Non
     for _ in range(args.trials or 1):
         with revisions(args.compare, args.activations, plant, model) as (other, this):
             pairs = PAIRS if model is None else PAIRS_OF_STEPS
-            for verdict in compare(names, other, this, pairs, lambda *of: progress.track(*of, STRETCHES)):
+            for verdict in compare(names, other, this, pairs, partial(progress.track, total=STRETCHES)):
                 verdicts.append(verdict)
                 print(verdict, file=stream, flush=True)
     found: object = [verdict.to_dict() for verdict in verdicts]
