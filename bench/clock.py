@@ -16,6 +16,7 @@ import torch
 
 METHOD = 2  # counted up when times come to mean something else; 1 had idle starts in them, and weights from the cache
 GRAPH_US = 1000.0
+_AT_MOST_US = 20_000.0  # 99 copies of attention over 4,096 tokens would last two seconds
 ROTATED = 16 * 50 * 2**20  # bytes of weights, 16 times the L2 of an H100: with 4, some kernels are a sixth too fast
 
 
@@ -42,8 +43,12 @@ def time_graph(calls: Sequence[Callable[[], object]], samples: int = 30) -> Time
 
 
 def enough(calls: Sequence[Callable[[], object]]) -> list[Callable[[], object]]:
-    """`calls` over and over, so often that a graph of them lasts `GRAPH_US`."""
-    return list(calls) * max(1, math.ceil(GRAPH_US / replay_us(capture(calls))))
+    """`calls` over and over, so often that a graph of them lasts `GRAPH_US`.
+
+    Of long calls, which are not held up by memory, only as many as last `_AT_MOST_US`, and at least two."""
+    one = replay_us(capture(calls[:1]))
+    taken = list(calls[: max(2, math.ceil(_AT_MOST_US / one))])
+    return taken * max(1, math.ceil(GRAPH_US / replay_us(capture(taken))))
 
 
 def capture(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:

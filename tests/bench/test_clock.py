@@ -38,18 +38,33 @@ def test_a_replay_is_timed_behind_another_and_nothing_waits_between(queue: list[
     assert queue == ["graph", "event", "graph", "event", "wait"]
 
 
-@pytest.mark.parametrize(("us", "times"), [(1.0, 1000), (300.0, 4), (999.0, 2), (1000.0, 1), (5000.0, 1)])
-def test_calls_are_repeated_in_order_until_their_graph_lasts(
-    us: float, times: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def call_us(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A graph is the list of its calls, each of which takes what the list says last."""
+    us = [0.0]
+    monkeypatch.setattr(clock, "capture", list)
+    monkeypatch.setattr(clock, "replay_us", lambda graph: us[-1] * len(graph))
+    return us
+
+
+@pytest.mark.parametrize(("us", "times"), [(0.5, 1000), (150.0, 4), (499.0, 2), (500.0, 1), (5000.0, 1)])
+def test_calls_are_repeated_in_order_until_their_graph_lasts(us: float, times: int, call_us: list[float]) -> None:
+    call_us.append(us)
     calls = [lambda: "first", lambda: "second"]
-    monkeypatch.setattr(clock, "capture", lambda work: pytest.fail("other work") if list(work) != calls else "graph")
-    monkeypatch.setattr(clock, "replay_us", lambda graph: us)
     assert clock.enough(calls) == times * calls
 
 
+@pytest.mark.parametrize(
+    ("us", "taken"), [(19.0, 1000), (20.0, 1000), (200.0, 100), (3000.0, 7), (10000.0, 2), (1e6, 2)]
+)
+def test_of_long_calls_no_more_are_taken_than_a_graph_may_last(us: float, taken: int, call_us: list[float]) -> None:
+    call_us.append(us)
+    calls = [lambda i=i: i for i in range(1000)]
+    assert clock.enough(calls) == calls[:taken]
+
+
 def test_a_sample_is_the_mean_of_a_graphs_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = iter([500.0, 990.0, 1000.0, 1010.0])
+    times = iter([100.0, 500.0, 990.0, 1000.0, 1010.0])
     monkeypatch.setattr(clock, "capture", list)
     monkeypatch.setattr(clock, "replay_us", lambda _: next(times))
     assert clock.time_graph([lambda: None] * 5, 3) == clock.Times(100.0, 99.0, 101.0)
