@@ -283,3 +283,6 @@ def test_the_command_refuses_a_peer_before_anything_runs(capsys: pytest.CaptureF
     assert main(["bench", "qkv", "--peer", "vllm"]) == 2
     assert "there are torch-grouped-mm, transformers, llama.cpp" in capsys.readouterr().err
     assert main(["bench", "qkv", "--peer", "transformers", "--compare", "HEAD"]) == 2
+    capsys.readouterr()
+    assert main(["bench", "qkv", "--peer", "torch-grouped-mm"]) == 2
+    assert "none of qkv is a moe-layer-N" in capsys.readouterr().err
