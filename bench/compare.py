@@ -90,7 +90,7 @@ def _compare(name: str, other: Ask, this: Ask, pairs: int, progress: Track) -> V
     planted: list[float] = []
     each = pairs // STRETCHES
     for stretch in progress(range(STRETCHES), name):
-        renewed = [ask(RENEW).get("renewed") for ask in (other, this)]
+        renewed = [ask(RENEW).get("renewed") for ask in (other, this)]  # steps of an older one know none
         warm = stretch == 0 or any(renewed)
         i = -2 if warm else 0  # two pairs warm up
         while i < each:
@@ -99,11 +99,8 @@ def _compare(name: str, other: Ask, this: Ask, pairs: int, progress: Track) -> V
                 answer = (other, this)[side](name)
                 if (stretch, i) == (0, -1) and time.perf_counter() - started > _LONG:
                     each = 2
-                where = ("the other revision", "this revision")[side]
-                if "error" in answer:
-                    return Verdict(name, "missing", why=f"{where}: {answer['error']}")
-                if not answer["equal"]:
-                    return Verdict(name, "wrong", why=f"{where}: not the reference's bits, so it has no speed")
+                if refused := _refused(name, ("the other revision", "this revision")[side], answer):
+                    return refused
                 if i < 0:
                     methods.add(answer.get("method"))
                     digests.append(answer["digest"])
@@ -115,6 +112,15 @@ def _compare(name: str, other: Ask, this: Ask, pairs: int, progress: Track) -> V
                 raise InvalidInput("the other revision's clock measures something else: no ratio would be of the code")
     found = judge(name, times[0], times[1], len(set(digests)) > 1)
     return replace(found, planted=float(np.median(planted)) if planted else None)
+
+
+def _refused(name: str, where: str, answer: dict[str, Any]) -> Verdict | None:
+    """The verdict on an answer that has no speed."""
+    if "error" in answer:
+        return Verdict(name, "missing", why=f"{where}: {answer['error']}")
+    if not answer["equal"]:
+        return Verdict(name, "wrong", why=f"{where}: not the reference's bits, so it has no speed")
+    return None
 
 
 def judge(name: str, before: Sequence[float], after: Sequence[float], numbers_changed: bool) -> Verdict:

@@ -50,9 +50,15 @@ def measured(row: Mapping[str, Any]) -> tuple[float, float, float, str] | None:
     return None if row["cold"] is None else (*row["cold"], "us")
 
 
-def method_of(run: Mapping[str, Any]) -> int:
-    """How a run's rows were timed: across methods times do not compare. Those of a model were never changed."""
-    return 0 if run["model"] else run.get("method", 1)
+_Found = tuple[Mapping[str, Any], Mapping[str, Any]]  # a row, and the run that it is of
+
+
+def labels(row: Mapping[str, Any], run: Mapping[str, Any], before: _Found | None) -> list[str]:
+    """What else than speed changed since `before`: numbers, or what a time means, which of a model's rows never did."""
+    if before is None:
+        return []
+    methods = {0 if each["model"] else each.get("method", 1) for each in (before[1], run)}
+    return ["numbers changed"] * (before[0]["digest"] != row["digest"]) + ["timed otherwise"] * (len(methods) > 1)
 
 
 def lines(runs: list[dict[str, Any]], names: list[str]) -> Iterator[str]:
@@ -65,7 +71,7 @@ def lines(runs: list[dict[str, Any]], names: list[str]) -> Iterator[str]:
         if names and name.split()[0] not in names:
             continue
         yield name
-        before, method = None, None
+        before = None
         for run in runs:
             if _kind(run) != kind:
                 continue
@@ -74,18 +80,14 @@ def lines(runs: list[dict[str, Any]], names: list[str]) -> Iterator[str]:
             if row is None:
                 yield f"{what}  not run"
                 continue
-            changed = before not in (None, row["digest"])
-            before = row["digest"]
-            otherwise = method not in (None, method_of(run))
-            method = method_of(run)
+            changed, before = labels(row, run, before), (row, run)
             if not row["equal"]:
                 yield f"{what}  WRONG: not the reference's bits"
                 continue
             found = measured(row)
             said = f"{found[0]:10.2f} {found[3]}" if found else "no number"
             share = "" if row["roof"] is None else f"  {100 * row['roof']:5.1f}% of the roof"
-            labels = "  numbers changed" * changed + "  timed otherwise" * otherwise
-            yield f"{what}  {said}{share}{labels}"
+            yield f"{what}  {said}{share}{''.join(f'  {label}' for label in changed)}"
 
 
 def _kind(run: Mapping[str, Any]) -> tuple[str, str]:

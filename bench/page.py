@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from exactmoe.bench.history import measured, method_of, short
+from exactmoe.bench.history import labels, measured, short
 from exactmoe.parity.html.page import shell
 
 _WIDE, _HIGH, _LEFT, _BASE = 640, 150, 60, 24  # of a plot, of its left and lower margin, in pixels
@@ -54,14 +54,11 @@ def _plot(name: str, runs: Sequence[Mapping[str, Any]]) -> str:
     ]
     line = " ".join(f"{x(number):.1f},{y(found[0]):.1f}" for number, _, _, found in points)
     parts.append(f'<polyline points="{line}" fill="none" stroke="currentColor" stroke-width="1.5" opacity="0.6"/>')
-    before, method = None, None
+    before = None
     for number, run, row, (median, low, high, unit) in points:
-        changed = before not in (None, row["digest"])
-        before = row["digest"]
-        otherwise = method not in (None, method_of(run))
-        method = method_of(run)
-        at, word = x(number), ", numbers changed" * changed + ", timed otherwise" * otherwise
-        fill = "var(--bar)" if changed else "var(--good)"
+        changed, before = labels(row, run, before), (row, run)
+        at, word = x(number), "".join(f", {label}" for label in changed)
+        fill = "var(--bar)" if "numbers changed" in changed else "var(--good)"
         parts.append(
             f'<line x1="{at:.1f}" y1="{y(low):.1f}" x2="{at:.1f}" y2="{y(high):.1f}" stroke="{fill}" stroke-width="2"/>'
             f'<circle cx="{at:.1f}" cy="{y(median):.1f}" r="4" fill="{fill}"><title>{escape(short(run["commit"]))}: '

@@ -111,4 +111,4 @@ def rows_of(
             layers.append(Layer.random(device, seed=len(layers)))
             calls.append(prepare(layers[-1]))
         cold = time_graph([lambda call=call, x=x: call(x) for call in calls])  # type: ignore[misc]
-        yield PeerRow(peer, row.name, computes, cold, size / cold.median / 1000, version, error=error)
+        yield row.timed(cold, size / cold.median / 1000)

@@ -46,9 +46,9 @@ class PeerRow:
         """Compared, and not close."""
         return self.error is not None and not self.error <= self.near
 
-    def timed(self, times: Times) -> "PeerRow":
-        """The row with its times."""
-        return replace(self, cold=times)
+    def timed(self, cold: Times, gb_s: float | None = None) -> "PeerRow":
+        """The row with its times, and with its rate where that is known."""
+        return replace(self, cold=cold, gb_s=gb_s)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""

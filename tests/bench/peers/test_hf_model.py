@@ -22,7 +22,9 @@ from exactmoe.bench.peers.hf_model import Logits, load, rows, time_steps
 from exactmoe.bench.peers.rows import PeerRow, collect
 from exactmoe.bench.run import Run
 from exactmoe.cli.main import main
+from exactmoe.model.cache import KVCache
 from exactmoe.model.config import Config
+from exactmoe.model.forward import forward
 from exactmoe.model.gguf.reader import GGUFFile, open_gguf
 from exactmoe.model.weights import load_model
 
@@ -241,10 +243,14 @@ def test_what_the_prompt_takes_is_not_in_a_step(config: Config, monkeypatch: pyt
 
 
 def test_our_logits_are_those_of_a_prompt(file: GGUFFile, config: Config, device: torch.device) -> None:
-    ours = Logits.of(load_model(file, device), 2)
+    model = load_model(file, device)
+    ours = Logits.of(model, 2)
     assert ours.logits.shape == (2, config.vocab)
     assert ours.logits.device.type == "cpu"
     assert len(ours.tokens) == 2
+    cache = KVCache.allocate(model, 2)
+    for token, logits in zip(ours.tokens, ours.logits, strict=True):
+        assert torch.equal(logits, forward(model, cache, [token]).cpu())
 
 
 def test_our_model_is_gone_before_a_peer_takes_the_memory(

@@ -122,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
     if args.repeat is not None:
         return _repeat(args)
     if args.model is not None:
-        return _whole(args)
+        return _whole(args, asked)
     require(args.trace is None and args.context is None, "--trace and --context are of the decode step of a --model")
     from exactmoe.kernels.launch import resolve_device
 
@@ -222,7 +222,7 @@ def _repeat(args: argparse.Namespace) -> int:
     return 0 if len(seen) == 1 else 1
 
 
-def _whole(args: argparse.Namespace) -> int:
+def _whole(args: argparse.Namespace, asked: "Sequence[Asked]") -> int:
     """The rows of a whole model."""
     from exactmoe.kernels.launch import resolve_device
 
@@ -266,7 +266,7 @@ def _whole(args: argparse.Namespace) -> int:
             print(f"{kernel.name:36} {kernel.calls:6} calls {kernel.median:9.2f} us {kernel.total:11.1f}", file=stream)
         print(f"{busy(trace):.1f} us busy; {args.trace} opens in ui.perfetto.dev", file=stream)
     peers = []
-    if asked := _asked(args):
+    if asked:
         from exactmoe.bench.peers.hf_model import Logits
         from exactmoe.bench.peers.run import model_peers
         from exactmoe.bench.whole import release
