@@ -46,6 +46,19 @@ def test_a_point_whose_numbers_changed_says_so(runs: list[dict[str, object]]) ->
     assert [title for title in titles if "numbers changed" in title] == ["cccccccccccc: 4.00 us, numbers changed"]
 
 
+def test_a_point_whose_numbers_changed_has_another_colour_and_one_that_is_timed_otherwise_has_not(
+    runs: list[dict[str, object]],
+) -> None:
+    runs[1]["method"] = 2
+    qkv = render_history([*runs[:2], runs[2] | {"method": 2}], "a GPU").split("<h2>")[1]
+    points = re.findall(r'r="4" fill="var\(--(\w+)\)"><title>([^<]*)', qkv)
+    assert points == [
+        ("good", "aaaaaaaaaaaa: 8.00 us"),
+        ("good", "bbbbbbbbbbbb: 6.00 us, timed otherwise"),
+        ("bar", "cccccccccccc: 4.00 us, numbers changed"),
+    ]
+
+
 def test_a_longer_time_stands_higher(runs: list[dict[str, object]]) -> None:
     heights = [float(y) for y in re.findall(r'cy="([\d.]+)"', render_history(runs, "a GPU").split("<h2>")[1])]
     assert heights == sorted(heights)  # 8, 6, 4 us: y grows downwards
