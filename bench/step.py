@@ -134,7 +134,7 @@ def trace_step(model: "Model", context: int, path: Path) -> dict[str, Any]:
     decoder = prepare(model, context, _TRACED + 1).decoder
     decoder.step()
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU], acc_events=True) as profiler:
         for _ in range(_TRACED):
             decoder.step()
         torch.cuda.synchronize()

@@ -14,7 +14,7 @@ from torch import Tensor
 from exactmoe.bench.clock import Times, elapsed
 from exactmoe.bench.peers.hf_transformers import PEER, installed
 from exactmoe.bench.peers.layer import distance
-from exactmoe.bench.peers.rows import Absent, PeerRow
+from exactmoe.bench.peers.rows import Absent, PeerRow, no_memory
 from exactmoe.bench.whole import prompt_of
 from exactmoe.kernels.embedding import embed
 from exactmoe.kernels.formats import executable_format
@@ -25,7 +25,7 @@ from exactmoe.model.forward import prefill
 from exactmoe.model.gguf.reader import GGUFFile
 from exactmoe.model.weights import Model, from_file
 
-TOKENS, RUNS = 32, 3  # a step takes the host so long that its position makes no difference
+TOKENS, RUNS = 32, 5  # a step takes the host so long that its position makes no difference
 NEAR_LOGITS = 0.12  # of the norm: bf16, and our activations of 8 bits, make half of that in 48 layers; a mistake more
 _NAMES = {  # of a layer, as the file has them
     "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
@@ -68,7 +68,7 @@ def rows(
         try:
             yield row if row.wrong else row.timed(Times.of(time_steps(model, config, device, context)))
         except torch.OutOfMemoryError as problem:
-            yield PeerRow(PEER, row.name, absent=f"{problem}".splitlines()[0])
+            yield row.without(no_memory(problem))
 
 
 def load(file: GGUFFile, config: Config, device: torch.device) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from exactmoe.bench.cases import A, D, E, F
 from exactmoe.bench.clock import ROTATED, time_graph
-from exactmoe.bench.peers.rows import PeerRow
+from exactmoe.bench.peers.rows import PeerRow, no_memory
 
 GroupedMM = Callable[
     [Tensor, Tensor, Tensor], Tensor
@@ -110,5 +110,9 @@ def rows_of(
         while len(calls) * size < ROTATED:
             layers.append(Layer.random(device, seed=len(layers)))
             calls.append(prepare(layers[-1]))
-        cold = time_graph([lambda call=call, x=x: call(x) for call in calls])  # type: ignore[misc]
+        try:
+            cold = time_graph([lambda call=call, x=x: call(x) for call in calls])  # type: ignore[misc]
+        except torch.OutOfMemoryError as problem:
+            yield row.without(no_memory(problem))
+            continue
         yield row.timed(cold, size / cold.median / 1000)

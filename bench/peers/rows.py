@@ -50,6 +50,10 @@ class PeerRow:
         """The row with its times, and with its rate where that is known."""
         return replace(self, cold=cold, gb_s=gb_s)
 
+    def without(self, why: str) -> "PeerRow":
+        """The row of the same work, for which there is nothing."""
+        return PeerRow(self.peer, self.name, version=self.version, absent=why)
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
         return {key: value for key, value in asdict(self).items() if value not in (None, "")}
@@ -64,6 +68,11 @@ class PeerRow:
         rate = f" {self.gb_s:7.0f} GB/s" if self.gb_s else ""
         judged = "not judged" if self.error is None else f"{self.error:.1%} away"
         return f"{what:36} {times} us{rate}  {self.computes}, {self.version}, {judged}"
+
+
+def no_memory(error: Exception) -> str:
+    """What torch says of an allocation that failed, without its advice: the first two sentences."""
+    return ". ".join(str(error).split(". ")[:2])
 
 
 def parse(asked: Iterable[Sequence[str]], whole_model: bool) -> list[Asked]:

@@ -216,7 +216,7 @@ def test_a_context_that_does_not_fit_is_absent_and_the_others_are_not(
 ) -> None:
     def time_steps(_model: Any, _config: Config, _device: torch.device, context: int) -> list[float]:
         if context:
-            raise torch.OutOfMemoryError("CUDA out of memory.\nTried a lot")
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried a lot. See the manual.")
         return [1.0]
 
     ours = ours_of(config)
@@ -224,7 +224,7 @@ def test_a_context_that_does_not_fit_is_absent_and_the_others_are_not(
     monkeypatch.setattr(hf_model, "time_steps", time_steps)
     first, second = rows(file, config, device, [0, 7], ours)
     assert first.cold == Times(1.0, 1.0, 1.0)
-    assert (second.name, second.absent) == ("decode-7", "CUDA out of memory.")
+    assert (second.name, second.absent) == ("decode-7", "CUDA out of memory. Tried a lot")
 
 
 def test_what_the_prompt_takes_is_not_in_a_step(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

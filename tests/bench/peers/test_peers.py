@@ -117,6 +117,20 @@ def test_a_wrong_peer_gets_no_time(tiny_rows: list[int]) -> None:
     assert "WRONG" in str(found[0])
 
 
+def test_a_number_of_tokens_that_does_not_fit_is_absent_and_the_others_are_not(tiny_rows: list[int]) -> None:
+    def run(w: Layer, x: Tensor) -> Tensor:
+        if len(x) == 8:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 192.00 GiB. GPU 0 has other advice.")
+        return run_layer(w, x, TOP, loop)
+
+    first, second, third = rows_of("p", "p 1", "bf16", CPU, lambda w: lambda x: run(w, x), (1, 8, 9))
+    assert (first.absent, third.absent) == ("", "")
+    assert first.cold == third.cold == Times(2.0, 1.0, 3.0)
+    assert second == layer.PeerRow(
+        "p", "moe-layer-8", version="p 1", absent="CUDA out of memory. Tried to allocate 192.00 GiB"
+    )
+
+
 def test_a_torch_without_the_product_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch.nn.functional, "grouped_mm", raising=False)
     monkeypatch.delattr(torch, "_grouped_mm", raising=False)
