@@ -72,12 +72,9 @@ def replay_us(graph: torch.cuda.CUDAGraph) -> float:
 
 def elapsed(call: Callable[[], object]) -> float:
     """Microseconds that a call keeps the device busy."""
-    first, last = _event(), _event()
-    first.record()
+    first = Reading()
     call()
-    last.record()
-    last.synchronize()
-    return float(first.elapsed_time(last)) * 1000
+    return (Reading() - first) * 1e6
 
 
 spin: Callable[[int], None] = torch.cuda._sleep  # noqa: SLF001 - torch has no other
@@ -94,20 +91,20 @@ def _event() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
-class DeviceTimer:
-    """A clock of the device, in seconds, as pytest-benchmark asks for one: what lies between two readings is what the
-    device did, not how long the host waited."""
+class Reading:
+    """A point in the device's queue, taken without waiting for it.
 
-    def __init__(self) -> None:
-        self._first = _event()
-        self._first.record()
+    The difference of two is what the device did between them, in seconds, a share of it for each of `calls`. It waits
+    for both, so a timer of readings times work that was queued behind other work."""
 
-    def __call__(self) -> float:
-        """Seconds since the clock was made, once all work so far is done."""
-        now = _event()
-        now.record()
-        now.synchronize()
-        return float(self._first.elapsed_time(now)) / 1000
+    def __init__(self, calls: int = 1) -> None:
+        self._calls = calls
+        self._event = _event()
+        self._event.record()
+
+    def __sub__(self, earlier: "Reading") -> float:
+        self._event.synchronize()
+        return float(earlier._event.elapsed_time(self._event)) / 1000 / self._calls
 
 
 def copy_bandwidth(device: torch.device) -> float:

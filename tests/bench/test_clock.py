@@ -34,8 +34,19 @@ class Graph:
 
 
 def test_a_replay_is_timed_behind_another_and_nothing_waits_between(queue: list[str]) -> None:
-    assert clock.replay_us(Graph(queue)) == 1000.0
+    assert clock.replay_us(Graph(queue)) == pytest.approx(1000.0)
     assert queue == ["graph", "event", "graph", "event", "wait"]
+
+
+def test_a_difference_of_readings_is_in_seconds_a_call_and_alone_waits(queue: list[str]) -> None:
+    graph = Graph(queue)
+    first = clock.Reading(8)
+    graph.replay()
+    graph.replay()
+    last = clock.Reading(8)
+    assert "wait" not in queue
+    assert last - first == pytest.approx(2e-3 / 8)
+    assert queue == ["event", "graph", "graph", "event", "wait"]
 
 
 @pytest.fixture
