@@ -1,24 +1,18 @@
-"""The decode step of a model after a context: its tokens, its speed, and where its time goes.
+"""The decode step of a model after a context: its tokens and its speed.
 
 prepare(model, context)             a sequence whose cache holds `context` positions of made-up keys and values
 follow(sequence)                    the tokens it goes on with, and the logits behind each
 time_run(sequence)                  microseconds a token, of one run of its steps one after another
-time_steps(sequence)                the same of some runs
-trace_step(model, context, path)    a profile of a few steps in the Chrome format, which Perfetto opens
-summary(trace)                      that profile by kernel"""
+time_steps(sequence)                the same of some runs"""
 
-import json
-import statistics
-from collections.abc import Iterable, Mapping
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from exactmoe.bench.clock import elapsed
-from exactmoe.kernels.errors import MissingEnvironment, require
+from exactmoe.kernels.errors import MissingEnvironment
 
 if TYPE_CHECKING:
     from exactmoe.model.cache import KVCache
@@ -28,7 +22,6 @@ if TYPE_CHECKING:
 TOKENS = 128  # of a run, greedy
 RUNS = 5
 FIRST = 1  # the token that follows the context
-_TRACED = 4  # steps of a profile
 
 
 class Sequence(NamedTuple):
@@ -38,15 +31,6 @@ class Sequence(NamedTuple):
     cache: "KVCache"
     context: int
     steps: int
-
-
-class Kernel(NamedTuple):
-    """One kernel of a profile."""
-
-    name: str
-    calls: int
-    total: float  # us, of all calls
-    median: float  # us, of one call; kernels that overlap count in full
 
 
 def prepare(model: "Model", context: int, steps: int = TOKENS) -> Sequence:
@@ -124,43 +108,3 @@ def require_cuda(device: torch.device) -> None:
     """Raise MissingEnvironment on any other device."""
     if device.type != "cuda":
         raise MissingEnvironment("a model is timed on a CUDA device: what the interpreter takes says nothing")
-
-
-def trace_step(model: "Model", context: int, path: Path) -> dict[str, Any]:
-    """Profile some steps after `context` positions into `path`; returns the trace. Raises as `time_steps`."""
-    from torch.profiler import ProfilerActivity, profile
-
-    require_cuda(model.device)
-    decoder = prepare(model, context, _TRACED + 1).decoder
-    decoder.step()
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU], acc_events=True) as profiler:
-        for _ in range(_TRACED):
-            decoder.step()
-        torch.cuda.synchronize()
-    profiler.export_chrome_trace(str(path))
-    trace: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return trace
-
-
-def summary(trace: Mapping[str, Any]) -> list[Kernel]:
-    """The kernels of a profile, those that take most first. Raises InvalidInput for a profile without one."""
-    times: dict[str, list[float]] = {}
-    for event in _kernels(trace):
-        times.setdefault(event["name"], []).append(float(event["dur"]))
-    require(bool(times), "the profile holds no kernel: nothing ran on a device, or the profiler could not see it")
-    rows = [Kernel(name, len(found), sum(found), statistics.median(found)) for name, found in times.items()]
-    return sorted(rows, key=lambda kernel: -kernel.total)
-
-
-def busy(trace: Mapping[str, Any]) -> float:
-    """Microseconds in which at least one kernel ran."""
-    total, end = 0.0, float("-inf")
-    for start, stop in sorted((float(e["ts"]), float(e["ts"]) + float(e["dur"])) for e in _kernels(trace)):
-        total += max(0.0, stop - max(start, end))
-        end = max(end, stop)
-    return total
-
-
-def _kernels(trace: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
-    return (event for event in trace.get("traceEvents", ()) if event.get("cat") == "kernel" and "dur" in event)

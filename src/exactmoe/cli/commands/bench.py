@@ -235,7 +235,7 @@ def _whole(args: argparse.Namespace, asked: "Sequence[Asked]") -> int:
     require(not (alone and args.compare), "--compare takes names; --context and --trace are of one run")
     file, config = options.open_model(args.model)
     device = resolve_device("auto")
-    from exactmoe.bench.step import busy, summary, trace_step
+    from exactmoe.bench.timeline import busy, summary, trace_step
     from exactmoe.bench.whole import Whole, decode_rows, refusal, run_wholes, wholes
 
     table = wholes() if args.compare is None else decode_rows()
