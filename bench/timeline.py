@@ -1,11 +1,14 @@
 """Where the time of decode steps goes: a profile in the Chrome format, which Perfetto opens.
 
-trace_step(model, context, path)    profile a few steps
-summary(trace)                      the profile by kernel
-busy(trace)                         for how long a kernel ran"""
+trace_step(model, context)    profile a few steps
+apart(trace)                  the profile with kernels that overlap on tracks of their own, as Perfetto needs them
+summary(trace)                the profile by kernel
+busy(trace)                   for how long a kernel ran"""
 
 import json
 import statistics
+import tempfile
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -30,8 +33,8 @@ class Kernel(NamedTuple):
     median: float  # us, of one call; kernels that overlap count in full
 
 
-def trace_step(model: "Model", context: int, path: Path) -> dict[str, Any]:
-    """Profile some steps after `context` positions into `path`; returns the trace. Raises as `time_steps`."""
+def trace_step(model: "Model", context: int) -> dict[str, Any]:
+    """Profile some steps after `context` positions. Raises MissingEnvironment without a CUDA device."""
     from torch.profiler import ProfilerActivity, profile
 
     require_cuda(model.device)
@@ -42,9 +45,42 @@ def trace_step(model: "Model", context: int, path: Path) -> dict[str, Any]:
         for _ in range(_STEPS):
             decoder.step()
         torch.cuda.synchronize()
-    profiler.export_chrome_trace(str(path))
-    trace: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return trace
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        trace: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return apart(trace)
+
+
+def apart(trace: Mapping[str, Any]) -> dict[str, Any]:
+    """The trace with each of a stream's kernels on the first of its tracks that is free.
+
+    A kernel that is launched while the one before it still runs overlaps it, and Perfetto drops an event that begins
+    within another of its track and ends behind it. Further tracks are named for their stream."""
+    events = [dict(event) for event in trace.get("traceEvents", ())]
+    unused = 1 + max((event["tid"] for event in events if isinstance(event.get("tid"), int)), default=0)
+    tracks: dict[tuple[Any, Any], list[Any]] = {}  # of a stream: their tids, its own first
+    free: dict[tuple[Any, Any], float] = defaultdict(lambda: float("-inf"))  # of a track: from when on
+    moved = {}
+    for kernel in sorted(_kernels({"traceEvents": events}), key=lambda event: float(event["ts"])):
+        pid, stream, start = kernel["pid"], kernel["tid"], float(kernel["ts"])
+        own = tracks.setdefault((pid, stream), [stream])
+        track = next((tid for tid in own if free[pid, tid] <= start), None)
+        if track is None:
+            own.append(track := unused)
+            unused += 1
+        free[pid, track] = start + float(kernel["dur"])
+        moved[pid, stream, kernel["ts"]] = track
+    names = [
+        {**event, "tid": tid, "args": {"name": f"{event['args']['name'].strip()}, overlapping"}}
+        for event in events
+        if event.get("name") == "thread_name"
+        for tid in tracks.get((event["pid"], event["tid"]), ())[1:]
+    ]
+    for event in events:
+        if event.get("cat") == "kernel" or event.get("ph") == "f":  # an arrow ends where its kernel begins
+            event["tid"] = moved.get((event["pid"], event["tid"], event["ts"]), event["tid"])
+    return {**trace, "traceEvents": events + names}
 
 
 def summary(trace: Mapping[str, Any]) -> list[Kernel]:

@@ -261,7 +261,9 @@ def _whole(args: argparse.Namespace, asked: "Sequence[Asked]") -> int:
             chosen, file, device, args.activations, lambda row: print(_line(row), file=stream, flush=True), tell
         )
     if args.trace is not None and all(row.equal for row in found.rows):
-        trace = trace_step(model, args.context or 0, args.trace)
+        trace = trace_step(model, args.context or 0)
+        with options.whole_file(args.trace) as out:
+            out.write(json.dumps(trace).encode())
         for kernel in summary(trace):
             print(f"{kernel.name:36} {kernel.calls:6} calls {kernel.median:9.2f} us {kernel.total:11.1f}", file=stream)
         print(f"{busy(trace):.1f} us busy; {args.trace} opens in ui.perfetto.dev", file=stream)
