@@ -49,8 +49,13 @@ def beside(device: str, runs: Sequence[Mapping[str, Any]]) -> str:
                 latest[peer["name"], peer["peer"]] = (run, peer, ours[peer["name"]][0])
     if not latest:
         return ""
-    lines = [_beside(*found) for _, found in sorted(latest.items(), key=lambda item: item[0][0])]
+    lines = [_beside(*found) for _, found in sorted(latest.items(), key=lambda item: _counted(item[0][0]))]
     return "\n".join([_BESIDE.format(device), _BESIDE_RULE, *lines])
+
+
+def _counted(name: str) -> list[str | int]:
+    """A name to sort by, its numbers as numbers."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def _beside(run: Mapping[str, Any], peer: Mapping[str, Any], ours: float) -> str:

@@ -69,6 +69,14 @@ def test_other_software_has_a_table_with_our_number_of_the_same_run_beside_it() 
     assert differences(text, [speeds])
 
 
+def test_work_beside_us_is_ordered_by_its_numbers_and_then_as_it_ran() -> None:
+    names = ["moe-layer-1", "moe-layer-8", "moe-layer-64", "moe-layer-4096"]
+    peers = [LLAMA | {"name": name, "peer": peer} for peer in ("b", "a") for name in names]
+    _, beside = by_device([a_run(*(QKV | {"name": name} for name in names)) | {"peers": peers}])
+    shown = [line.split(" | ")[0] for line in beside.splitlines()[2:]]
+    assert shown == [f"| {name}, {peer}" for name in names for peer in ("b", "a")]
+
+
 def test_a_benchmark_that_has_become_wrong_has_no_number() -> None:
     (table,) = by_device([*RUNS, a_run(QKV | {"equal": False, "cold": None, "gb_s": None, "roof": None})])
     assert "| qkv | wrong, so it has no number |" in table
