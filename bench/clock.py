@@ -10,7 +10,7 @@ and a graph lasts `GRAPH_US` or more."""
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -35,11 +35,32 @@ class Times(NamedTuple):
         return Times(statistics.median(ordered), ordered[round(0.1 * last)], ordered[round(0.9 * last)])
 
 
-def time_graph(calls: Sequence[Callable[[], object]], samples: int = 30) -> Times:
-    """Time `calls`, each of them as often in a graph as the others; a sample is the mean of a replay."""
+class Sampler(Protocol):
+    """Gives microseconds of each of the `calls` in `work`, for so many rounds behind those that only warm up.
+
+    What `prepare` does or puts into the device's queue comes in front of every round and is not timed."""
+
+    def __call__(
+        self, prepare: Callable[[], None], work: Callable[[], object], rounds: int, warmup: int = 0, calls: int = 1
+    ) -> list[float]: ...
+
+
+def sample(
+    prepare: Callable[[], None], work: Callable[[], object], rounds: int, warmup: int = 0, calls: int = 1
+) -> list[float]:
+    """The sampler of `exactmoe bench`."""
+    found = []
+    for _ in range(warmup + rounds):
+        prepare()
+        found.append(elapsed(work) / calls)
+    return found[warmup:]
+
+
+def time_graph(calls: Sequence[Callable[[], object]], samples: int = 30, sampler: Sampler = sample) -> Times:
+    """Time `calls`, each of them as often in a graph as the others; a sample is the mean of a replay behind another."""
     work = enough(calls)
     graph = capture(work)
-    return Times.of([replay_us(graph) / len(work) for _ in range(samples)])
+    return Times.of(sampler(graph.replay, graph.replay, samples, calls=len(work)))
 
 
 def enough(calls: Sequence[Callable[[], object]]) -> list[Callable[[], object]]:

@@ -14,7 +14,17 @@ from typing import Any, NamedTuple
 import torch
 
 from exactmoe.bench.cases import Bench
-from exactmoe.bench.clock import METHOD, ROTATED, Times, copy_bandwidth, keep_busy, matmul_rate, time_graph
+from exactmoe.bench.clock import (
+    METHOD,
+    ROTATED,
+    Sampler,
+    Times,
+    copy_bandwidth,
+    keep_busy,
+    matmul_rate,
+    sample,
+    time_graph,
+)
 from exactmoe.bench.peers.rows import PeerRow
 from exactmoe.kernels.errors import MissingEnvironment, require
 from exactmoe.parity.bits import compare, digest
@@ -99,13 +109,13 @@ def judge(case: Case, device: torch.device) -> Judged:
     return same, digest(list(found.items()))
 
 
-def measure(bench: Bench, device: torch.device, roofs: Roofs) -> Row:
-    """Judge a benchmark, and time it where it is right."""
+def measure(bench: Bench, device: torch.device, roofs: Roofs, sampler: Sampler = sample) -> Row:
+    """Judge a benchmark, and time it where it is right: cold by `sampler`."""
     judged = judge(bench.case, device)
     cold, warm = None, None
     if judged[0]:
         calls = list(calls_of(bench, bench.case.on(device)))
-        cold, warm = time_graph(calls), time_graph(calls[:1])
+        cold, warm = time_graph(calls, sampler=sampler), time_graph(calls[:1])
     return Row.of(bench.name, str(bench.case), bench.tokens, judged, cold, roofs, bench.weight_bytes, bench.flops, warm)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from exactmoe.bench.clock import elapsed
+from exactmoe.bench.clock import Sampler, sample
 from exactmoe.kernels.errors import MissingEnvironment
 
 if TYPE_CHECKING:
@@ -72,7 +72,8 @@ def poison(cache: "KVCache", length: int) -> None:
 
 def follow(sequence: Sequence) -> tuple[Tensor, Tensor]:
     """Tokens [steps + 1] i32, FIRST and those chosen, on the device, and logits [steps, V] on the host."""
-    decoder = _rewound(sequence)
+    _rewind(sequence)
+    decoder = sequence.decoder
     tokens, logits = [decoder.token.clone()], []
     for _ in range(sequence.steps):
         decoder.step()
@@ -84,24 +85,27 @@ def follow(sequence: Sequence) -> tuple[Tensor, Tensor]:
 def time_run(sequence: Sequence) -> float:
     """Microseconds a token of one run; the first one may capture graphs. Raises MissingEnvironment without a CUDA
     device."""
-    require_cuda(sequence.cache.k.device)
-    return elapsed(partial(_run, _rewound(sequence), sequence.steps)) / sequence.steps
+    return _time(sequence, 1, 0, sample)[0]
 
 
-def time_steps(sequence: Sequence, runs: int = RUNS) -> list[float]:
+def time_steps(sequence: Sequence, runs: int = RUNS, sampler: Sampler = sample) -> list[float]:
     """Microseconds a token of `runs` runs behind a first. Raises as `time_run`."""
-    return [time_run(sequence) for _ in range(runs + 1)][1:]
+    return _time(sequence, runs, 1, sampler)
 
 
-def _run(decoder: "Decoder", steps: int) -> None:
-    for _ in range(steps):
-        decoder.step()
+def _time(sequence: Sequence, runs: int, warmup: int, sampler: Sampler) -> list[float]:
+    require_cuda(sequence.cache.k.device)
+    return sampler(partial(_rewind, sequence), partial(_run, sequence), runs, warmup, sequence.steps)
 
 
-def _rewound(sequence: Sequence) -> "Decoder":
+def _run(sequence: Sequence) -> None:
+    for _ in range(sequence.steps):
+        sequence.decoder.step()
+
+
+def _rewind(sequence: Sequence) -> None:
     sequence.cache.length = sequence.context
     sequence.decoder.token.fill_(FIRST)
-    return sequence.decoder
 
 
 def require_cuda(device: torch.device) -> None:

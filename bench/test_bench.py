@@ -1,22 +1,26 @@
-"""The benchmarks under pytest-benchmark:      pytest bench/
+"""The benchmarks under pytest-benchmark:      pytest bench/      pytest bench/ --exactmoe-model big.gguf
 
-The clock is the device's, and the table's times are of a call. A round replays a graph of a millisecond or more that
-holds the call on several copies of its weights, behind another replay of it, as `exactmoe bench` does. `extra_info`
-says how many calls that is, and holds the digest of the output."""
+The rows are those of `exactmoe bench`, and timed as there, by the clock of the device: the table's times are of a call,
+a token, a prompt or a load. With --benchmark-json each has its whole row in `extra_info`, and "exactmoe" says on which
+device, between which roofs, of which commit. Memory, which takes no time, is in the rows of a model, "gib"."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
-from exactmoe.bench.cases import Bench, benches
-from exactmoe.bench.clock import Reading, capture, enough
-from exactmoe.bench.run import calls_of, judge
+from exactmoe.bench.cases import benches
+from exactmoe.bench.clock import Reading, Sampler, sample
+from exactmoe.bench.plugin import RUN
+from exactmoe.bench.run import Roofs, Row, Run, describe, measure
+from exactmoe.bench.whole import ModelBench, refusal, wholes
 from exactmoe.kernels.launch import resolve_device
+from exactmoe.model.config import Config
+from exactmoe.model.gguf.reader import open_gguf
 
-
-@pytest.fixture(scope="session")
-def cuda() -> torch.device:
-    """A CUDA device; without one there is nothing to time, and that is a failure."""
-    return resolve_device("cuda")
+Measure = Callable[[str, Sampler], Row]  # a row by its name
+Describe = Callable[[list[Row]], Run]
 
 
 class DeviceClock:
@@ -33,14 +37,63 @@ class DeviceClock:
 CLOCK = DeviceClock()
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The rows of the model that was given, else the kernels."""
+    timed = [name for name in wholes() if not name.startswith("memory")]
+    metafunc.parametrize("name", timed if metafunc.config.getoption("exactmoe_model") else benches())
+
+
+@pytest.fixture(scope="session")
+def measured(pytestconfig: pytest.Config) -> Iterator[Measure]:
+    """Judges and times a row. Without a CUDA device there is nothing to time, and that is a failure."""
+    device, rows = resolve_device("cuda"), []
+    profile, path = (pytestconfig.getoption(f"exactmoe_{name}") for name in ("activations", "model"))
+    row, described = _kernels(device, profile) if path is None else _model(path, device, profile)
+
+    def measure(name: str, sampler: Sampler) -> Row:
+        rows.append(row(name, sampler))
+        return rows[-1]
+
+    yield measure
+    if rows:
+        pytestconfig.stash[RUN] = described(rows)
+
+
+def _kernels(device: torch.device, profile: str) -> tuple[Measure, Describe]:
+    table, roofs = benches(profile), Roofs.of(device)
+    return (
+        lambda name, sampler: measure(table[name], device, roofs, sampler),
+        lambda rows: describe(device, profile, roofs, rows),
+    )
+
+
+def _model(path: str, device: torch.device, profile: str) -> tuple[Measure, Describe]:
+    file, table = open_gguf(path), wholes()
+    refused = {name: refusal(row, file, Config.from_gguf(file), device) for name, row in table.items()}
+    bench = ModelBench(file, device, profile)
+
+    def row(name: str, sampler: Sampler) -> Row:
+        if error := refused[name]:
+            raise error
+        timed, memory = bench.row(table[name], sampler), bench.row(table["memory-most"])
+        return replace(timed, equal=timed.equal and memory.equal, gib=memory.gib)
+
+    return row, bench.describe
+
+
 @pytest.mark.benchmark(timer=CLOCK)
-@pytest.mark.parametrize("bench", benches().values(), ids=lambda bench: bench.name)
-def test_bench(bench: Bench, cuda: torch.device, benchmark) -> None:  # type: ignore[no-untyped-def]
+def test_bench(name: str, measured: Measure, benchmark) -> None:  # type: ignore[no-untyped-def]
     """Judge, then time."""
-    equal, digest = judge(bench.case, cuda)
-    assert equal, "its bits are not the reference's, so it has no speed"
-    calls = enough(list(calls_of(bench, bench.case.on(cuda))))
-    graph = capture(calls)
-    benchmark.extra_info |= {"calls": len(calls), "weight_bytes": bench.weight_bytes, "digest": digest}
-    CLOCK.calls = len(calls)
-    benchmark.pedantic(graph.replay, setup=graph.replay, rounds=20, warmup_rounds=2)
+
+    def sampler(
+        prepare: Callable[[], None], work: Callable[[], object], rounds: int, warmup: int = 0, calls: int = 1
+    ) -> list[float]:
+        CLOCK.calls = calls
+        benchmark.pedantic(work, setup=prepare, rounds=rounds, warmup_rounds=warmup)
+        if benchmark.stats is None:  # --benchmark-disable
+            return sample(prepare, work, 1, calls=calls)
+        return [1e6 * seconds for seconds in benchmark.stats.stats.data]
+
+    row = measured(name, sampler)
+    assert row.equal, "its bits are not those it is judged by, so it has no speed"
+    benchmark.extra_info |= asdict(row)

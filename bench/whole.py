@@ -13,7 +13,6 @@ Both ways are production's own: `exactmoe parity` compares them with the referen
 for. The memory in use is all of the device's, the driver's context and other processes included."""
 
 import gc
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import NamedTuple
@@ -21,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from exactmoe.bench.clock import Times, elapsed, host_bandwidth
+from exactmoe.bench.clock import Sampler, Times, host_bandwidth, sample
 from exactmoe.bench.run import Judged, Roofs, Row, Run, describe
 from exactmoe.bench.step import RUNS, TOKENS, Sequence, follow, poison, poisoned, prepare, require_cuda, time_steps
 from exactmoe.kernels.argmax import argmax
@@ -95,25 +94,24 @@ def run_wholes(
     loading: Callable[[int, int], None] | None = None,
 ) -> tuple[Run, Model]:
     """Judge and time rows of the model in `file`; the model beside them. Raises MissingEnvironment without CUDA."""
-    require_cuda(device)
-    bench = _Bench(file, device, profile, Roofs.of(device), loading)
+    bench = ModelBench(file, device, profile, loading)
     rows = []
     for whole in chosen:
         rows.append(bench.row(whole))
         if progress:
             progress(rows[-1])
-    name = f"{file.metadata.get('general.name', 'unnamed')}, {file.nbytes:,} bytes"
-    return describe(device, profile, bench.roofs, rows, name), bench.model
+    return bench.describe(rows), bench.model
 
 
-class _Bench:
-    """A model under measurement, and the most memory that was seen in use."""
+class ModelBench:
+    """A model under measurement, and the most memory that was seen in use. Raises MissingEnvironment without CUDA."""
 
     def __init__(
-        self, file: GGUFFile, device: torch.device, profile: str, roofs: Roofs,
-        loading: Callable[[int, int], None] | None,
+        self, file: GGUFFile, device: torch.device, profile: str,
+        loading: Callable[[int, int], None] | None = None,
     ) -> None:  # fmt: skip
-        self.file, self.device, self.profile, self.roofs = file, device, profile, roofs
+        require_cuda(device)
+        self.file, self.device, self.profile, self.roofs = file, device, profile, Roofs.of(device)
         self.config = Config.from_gguf(file)
         release()
         before = torch.cuda.memory_allocated(device)
@@ -123,32 +121,37 @@ class _Bench:
         release()
         self._loaded = self._in_use()
 
-    def row(self, whole: Whole) -> Row:
+    def row(self, whole: Whole, sampler: Sampler = sample) -> Row:
         """Judge one row, and time it where it is right."""
         kinds = {"decode": self._decode, "prefill": self._prefill, "load": self._reload}
-        row = kinds.get(whole.kind, self._memory)(whole)
+        row = kinds.get(whole.kind, self._memory)(whole, sampler)
         release()
         return row
 
-    def _decode(self, whole: Whole) -> Row:
+    def describe(self, rows: list[Row]) -> Run:
+        """Rows of this model with the circumstances of now."""
+        name = f"{self.file.metadata.get('general.name', 'unnamed')}, {self.file.nbytes:,} bytes"
+        return describe(self.device, self.profile, self.roofs, rows, name)
+
+    def _decode(self, whole: Whole, sampler: Sampler) -> Row:
         sequence = prepare(self.model, whole.tokens, TOKENS)
         judged = judge_decode(self.model, sequence)
-        times = self._production(lambda: time_steps(sequence), judged)
+        times = self._production(lambda: time_steps(sequence, sampler=sampler), judged)
         return Row.of(whole.name, f"{TOKENS} steps", 1, judged, times, self.roofs, decode_bytes(whole, self.file))
 
-    def _prefill(self, whole: Whole) -> Row:
+    def _prefill(self, whole: Whole, sampler: Sampler) -> Row:
         judged = judge_prefill(self.model, whole.tokens)
-        times = self._production(lambda: time_prefill(self.model, whole.tokens), judged)
+        times = self._production(lambda: time_prefill(self.model, whole.tokens, sampler=sampler), judged)
         size, flops = prefill_bytes(whole, self.file), prefill_flops(whole, self.file)
         return Row.of(whole.name, "chunks of 512", whole.tokens, judged, times, self.roofs, size, flops)
 
-    def _reload(self, whole: Whole) -> Row:
+    def _reload(self, whole: Whole, sampler: Sampler) -> Row:
         judged = judge_load(self.model, self.file)
-        times = Times.of([self._timed_load() for _ in range(LOADS)]) if judged[0] else None
+        times = Times.of(sampler(self._drop, self._take, LOADS)) if judged[0] else None
         roofs = Roofs(host_bandwidth(self.device), self.roofs.matmul_tflop_s)
         return Row.of(whole.name, f"{self.file.nbytes:,} bytes", 0, judged, times, roofs, self.file.nbytes)
 
-    def _memory(self, whole: Whole) -> Row:
+    def _memory(self, whole: Whole, _: Sampler) -> Row:
         right = holds_what_it_should(self._held, self.file)
         row = Row.of(whole.name, "in use", 0, (right, ""), None, self.roofs, 0)
         gib = (self._loaded if whole.kind == "memory-loaded" else self._most) / _GIB
@@ -163,12 +166,12 @@ class _Bench:
         self._most = max(self._most, self._in_use())
         return times
 
-    def _timed_load(self) -> float:
+    def _drop(self) -> None:
         del self.model
         release()
-        started = time.perf_counter()
+
+    def _take(self) -> None:
         self.model = self._load(None)
-        return 1e6 * (time.perf_counter() - started)
 
     def _load(self, loading: Callable[[int, int], None] | None) -> Model:
         model = load_model(self.file.path, self.device, self.profile, progress=loading)
@@ -234,16 +237,15 @@ def holds_what_it_should(held: int, file: GGUFFile) -> bool:
     return expected <= held <= 1.01 * expected
 
 
-def time_prefill(model: Model, tokens: int, runs: int = RUNS) -> list[float]:
-    """Microseconds of `runs` prompts of `tokens`."""
+def time_prefill(model: Model, tokens: int, runs: int = RUNS, sampler: Sampler = sample) -> list[float]:
+    """Microseconds of `runs` prompts of `tokens`, behind one that compiles."""
     require_cuda(model.device)
-    cache, ids, samples = KVCache.allocate(model, tokens), prompt_of(model, tokens), []
-    for i in range(runs + 1):
+    cache, ids = KVCache.allocate(model, tokens), prompt_of(model, tokens)
+
+    def rewind() -> None:
         cache.length = 0
-        took = elapsed(lambda: prefill(model, cache, ids))
-        if i:  # the first compiles
-            samples.append(took)
-    return samples
+
+    return sampler(rewind, lambda: prefill(model, cache, ids), runs, warmup=1)
 
 
 def prompt_of(model: Model, tokens: int) -> list[int]:

@@ -32,7 +32,7 @@ def _run(commit: str, us: float, digest: str, equal: bool = True, model: str = "
 def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock without a GPU: every call takes 2 us, and is called."""
 
-    def time_graph(calls, samples=30):
+    def time_graph(calls, samples=30, sampler=None):
         for call in calls:
             call()
         return Times(2.0, 1.5, 2.5)
@@ -60,6 +60,15 @@ def test_a_row_has_what_the_times_and_sizes_make_of_it(clock: None, device: torc
     assert (row.cold, row.gb_s, row.roof) == (Times(2.0, 1.5, 2.5), pytest.approx(1.152), pytest.approx(0.5))
     assert row.tflop_s == pytest.approx(2 * 16 * 256 / 2e6 / 1)
     assert len(row.digest) == 64
+
+
+def test_the_cold_time_is_by_the_sampler_that_was_given(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(
+        running, "time_graph", lambda calls, sampler=None: asked.append(sampler) or Times(2.0, 2.0, 2.0)
+    )
+    running.measure(SMALL, device, running.Roofs(2.0, 1.0), clock_module.sample)
+    assert asked == [clock_module.sample, None]
 
 
 def test_a_call_whose_bits_are_wrong_gets_no_time(

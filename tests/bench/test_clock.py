@@ -1,5 +1,8 @@
 """The clock: what lies between its events, and how much is put there. The events themselves need a GPU."""
 
+from collections.abc import Callable
+from types import SimpleNamespace
+
 import pytest
 
 from exactmoe.bench import clock
@@ -75,7 +78,23 @@ def test_of_long_calls_no_more_are_taken_than_a_graph_may_last(us: float, taken:
 
 
 def test_a_sample_is_the_mean_of_a_graphs_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = iter([100.0, 500.0, 990.0, 1000.0, 1010.0])
-    monkeypatch.setattr(clock, "capture", list)
-    monkeypatch.setattr(clock, "replay_us", lambda _: next(times))
+    done: list[str] = []
+    times = iter([100.0, 500.0, 990.0, 1000.0, 1010.0])  # of one call, of five, and of a graph that has them twice
+
+    def elapsed(call: Callable[[], object]) -> float:
+        call()
+        done.append("timed")
+        return next(times)
+
+    monkeypatch.setattr(clock, "capture", lambda _: SimpleNamespace(replay=lambda: done.append("replay")))
+    monkeypatch.setattr(clock, "elapsed", elapsed)
     assert clock.time_graph([lambda: None] * 5, 3) == clock.Times(100.0, 99.0, 101.0)
+    assert done[-9:] == ["replay", "replay", "timed"] * 3
+
+
+def test_a_round_is_prepared_and_what_warms_up_does_not_count(queue: list[str]) -> None:
+    graph = Graph(queue)
+    assert clock.sample(lambda: queue.append("prepared"), graph.replay, 3, warmup=2, calls=4) == pytest.approx(
+        [250.0] * 3
+    )
+    assert queue == ["prepared", "event", "graph", "event", "wait"] * 5

@@ -1,12 +1,14 @@
 """A decode step after a context: what lies in the cache, and what follows. Its clock needs a GPU."""
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from exactmoe.bench.step import FIRST, follow, prepare, time_steps
+from exactmoe.bench import step
+from exactmoe.bench.step import FIRST, follow, prepare, time_run, time_steps
 from exactmoe.kernels.errors import MissingEnvironment
 from exactmoe.model.weights import Model, load_model
 
@@ -36,6 +38,28 @@ def test_each_run_of_a_sequence_chooses_the_same_tokens(model: Model) -> None:
     assert tokens[0] == FIRST
     assert tokens[1:].tolist() == logits.argmax(1).tolist()
     assert sequence.cache.length == 8
+
+
+def test_each_round_goes_back_to_the_context_and_takes_all_steps(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "require_cuda", lambda _: None)
+    sequence = prepare(model, 5, 3)
+    asked: list[tuple[int, int, int]] = []
+
+    def sampler(
+        prepare: Callable[[], None], work: Callable[[], object], rounds: int, warmup: int = 0, calls: int = 1
+    ) -> list[float]:
+        for _ in range(2):
+            prepare()
+            assert (sequence.cache.length, sequence.decoder.token.tolist()) == (5, [FIRST])
+            work()
+            assert sequence.cache.length == 8
+        asked.append((rounds, warmup, calls))
+        return [2.0] * rounds
+
+    assert time_steps(sequence, 4, sampler) == [2.0] * 4
+    monkeypatch.setattr(step, "sample", sampler)
+    assert time_run(sequence) == 2.0
+    assert asked == [(4, 1, 3), (1, 0, 3)]
 
 
 def test_there_is_no_time_without_a_gpu() -> None:

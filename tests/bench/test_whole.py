@@ -205,8 +205,9 @@ def device_of_numbers(monkeypatch: pytest.MonkeyPatch, file: GGUFFile) -> None:
     monkeypatch.setattr(wholly, "TOKENS", 3)
     monkeypatch.setattr(wholly, "require_cuda", lambda _: None)
     monkeypatch.setattr(Roofs, "of", staticmethod(lambda _: Roofs(2.0, 1.0)))
-    monkeypatch.setattr(wholly, "time_steps", lambda sequence: [3.0] * 5)
-    monkeypatch.setattr(wholly, "time_prefill", lambda model, tokens: [50.0] * 5)
+    monkeypatch.setattr(wholly, "time_steps", lambda sequence, sampler: [3.0] * 5)
+    monkeypatch.setattr(wholly, "time_prefill", lambda model, tokens, sampler: [50.0] * 5)
+    monkeypatch.setattr("exactmoe.bench.clock.elapsed", lambda load: load() or 8.0)
     monkeypatch.setattr(wholly, "host_bandwidth", lambda _: 4.0)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: next(allocated))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (next(free), 10 * GIB))
@@ -217,6 +218,25 @@ def device_of_numbers(monkeypatch: pytest.MonkeyPatch, file: GGUFFile) -> None:
     monkeypatch.setattr("exactmoe.bench.run.keep_busy", lambda _: None)
 
 
+def test_prompts_begin_with_an_empty_cache_behind_one_that_compiles(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wholly, "require_cuda", lambda _: None)
+    lengths: list[int] = []
+    monkeypatch.setattr(wholly, "prefill", lambda model, cache, ids: lengths.append(cache.length) or ids)
+
+    def sampler(
+        prepare: Callable[[], None], work: Callable[[], Any], rounds: int, warmup: int = 0, calls: int = 1
+    ) -> list[float]:
+        assert (warmup, calls) == (1, 1)
+        prepare()
+        assert work() == wholly.prompt_of(model, 5)
+        return [7.0] * rounds
+
+    assert wholly.time_prefill(model, 5, 3, sampler) == [7.0] * 3
+    assert lengths == [0]
+
+
 ROWS = [Whole("load"), Whole("memory-loaded"), Whole("decode", 4), Whole("prefill", 5), Whole("memory-most")]
 
 
@@ -225,11 +245,13 @@ def test_a_run_has_every_row_and_says_which_model_it_was(
 ) -> None:
     found, model = run_wholes(ROWS, file, device, "q8_k")
     rows = {row.name: row for row in found.rows}
+    assert [rows[name].case for name in ("decode-4", "prefill-5")] == ["3 steps", "chunks of 512"]
     assert list(rows) == ["load", "memory-loaded", "decode-4", "prefill-5", "memory-most"]
     assert all(row.equal for row in found.rows)
     assert (rows["decode-4"].cold, rows["prefill-5"].cold) == (Times(3.0, 3.0, 3.0), Times(50.0, 50.0, 50.0))
     assert rows["decode-4"].gb_s == pytest.approx(decode_bytes(Whole("decode", 4), file) / 3000)
-    assert rows["load"].cold is not None and rows["load"].roof == pytest.approx((rows["load"].gb_s or 0) / 4)
+    assert rows["load"].cold == Times(8.0, 8.0, 8.0)
+    assert rows["load"].roof == pytest.approx((rows["load"].gb_s or 0) / 4)
     assert (rows["memory-loaded"].gib, rows["memory-most"].gib) == (2.0, 5.0)
     assert found.model.endswith(f"random weights), {file.nbytes:,} bytes")
     assert model.device == device

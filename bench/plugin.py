@@ -1,0 +1,34 @@
+"""What `pytest bench/` takes, and what it says of the run in the JSON of pytest-benchmark; for conftest.py there."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from exactmoe.bench.run import Run
+
+RUN = pytest.StashKey[Run]()
+"""Of a session's config: its rows, and under which circumstances they were timed."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """--exactmoe-model and --exactmoe-activations."""
+    group = parser.getgroup("exactmoe")
+    group.addoption(
+        "--exactmoe-model",
+        metavar="GGUF",
+        help="benchmark this model instead of kernels: decode steps, prompts, loading and memory",
+    )
+    group.addoption(
+        "--exactmoe-activations",
+        choices=("q8_k", "q16_k"),
+        default="q8_k",
+        help="how activations are quantised in benchmarks (default: %(default)s)",
+    )
+
+
+def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
+    """Beside the benchmarks, whose extra_info is a row each: the device, roofs, versions and clocks of all."""
+    if RUN in config.stash:
+        found = replace(config.stash[RUN], rows=()).to_dict()
+        output_json["exactmoe"] = {key: value for key, value in found.items() if key not in ("rows", "peers")}
