@@ -4,6 +4,7 @@ Its own way from a GGUF file expands every weight to f32 on the host: 114 GiB an
 made empty, and its weights are expanded on the device, tensor by tensor. That they are where they belong is judged by
 its logits, which must be close to ours."""
 
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -53,7 +54,7 @@ def rows(
     """Greedy decoding after each context. Raises Absent where it does not fit, or is put together in another way."""
     version = installed()
     free = torch.cuda.mem_get_info(device)[0]
-    need = 2 * parameters(config)
+    need = 2 * sum(math.prod(info.shape) for info in file.tensors.values())
     if need > free:
         raise Absent(f"its weights are bf16: {need / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free")
     try:
@@ -141,10 +142,3 @@ def time_steps(model: Any, config: Config, device: torch.device, context: int) -
 
     generate(TOKENS)
     return [(generate(TOKENS) - generate(1)) / (TOKENS - 1) for _ in range(RUNS)]
-
-
-def parameters(config: Config) -> int:
-    """Weights of all matrices."""
-    moe = config.n_experts * 3 * config.hidden * config.expert_width
-    attention = 2 * config.hidden * (config.n_heads + config.n_kv_heads) * config.head_dim
-    return config.n_layers * (moe + attention) + 2 * config.vocab * config.hidden

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from exactmoe.bench.peers.hf_model import Logits
     from exactmoe.model.config import Config
     from exactmoe.model.gguf.reader import GGUFFile
+    from exactmoe.model.weights import Model
 
 _LAYER = "moe-layer-"
 
@@ -33,9 +34,16 @@ def layer_peers(asked: Sequence[Asked], device: torch.device, chunks: Sequence[i
         yield from collect(peer.peer, lambda peer=peer: sources[peer.peer](device, chunks))  # type: ignore[misc]
 
 
+def judge_of(asked: Sequence[Asked], model: "Model") -> "Logits | None":
+    """What our model says, where a peer that was asked for is judged by it; llama-bench says nothing to judge."""
+    from exactmoe.bench.peers.hf_model import Logits
+
+    return Logits.of(model) if any(peer.program is None for peer in asked) else None
+
+
 def model_peers(
     asked: Sequence[Asked], file: "GGUFFile", config: "Config", device: torch.device, contexts: Sequence[int],
-    ours: "Logits",
+    ours: "Logits | None",
 ) -> Iterator[PeerRow]:  # fmt: skip
     """Decoding of the file by each peer, after each context; one that gives logits is judged by `ours`."""
     from exactmoe.bench.peers import hf_model, llama_cpp
@@ -43,6 +51,7 @@ def model_peers(
     path = Path(file.path)
     for peer in asked:
         if peer.program is None:
+            assert ours is not None
             yield from collect(peer.peer, lambda: hf_model.rows(file, config, device, contexts, ours))
             continue
         for context in contexts:

@@ -19,7 +19,7 @@ from exactmoe.bench.clock import Times
 from exactmoe.bench.peers import hf_model, hf_transformers
 from exactmoe.bench.peers import run as peers_run
 from exactmoe.bench.peers.hf_model import Logits, load, rows, time_steps
-from exactmoe.bench.peers.rows import PeerRow, collect
+from exactmoe.bench.peers.rows import Asked, PeerRow, collect
 from exactmoe.bench.run import Run
 from exactmoe.cli.main import main
 from exactmoe.model.cache import KVCache
@@ -184,14 +184,18 @@ def test_a_library_that_is_put_together_otherwise_is_absent(
 def test_a_model_that_does_not_fit_in_bf16_is_absent_before_anything_is_allocated(
     file: GGUFFile, config: Config, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _stand_in(monkeypatch, Causal, 2**20)
-    monkeypatch.setattr(hf_model, "load", lambda *_: pytest.fail("loaded"))
-    (row,) = collect("transformers", lambda: rows(file, config, device, [0], ours_of(config)))
-    assert "0.0 GiB are free" in row.absent
-    big = SimpleNamespace(
-        n_experts=128, hidden=2048, expert_width=768, n_heads=32, n_kv_heads=4, head_dim=128, n_layers=48, vocab=151936
-    )
-    assert 2 * hf_model.parameters(big) / 2**30 == pytest.approx(56.8, abs=0.05)  # type: ignore[arg-type]
+    c = config
+    attention = 2 * c.hidden * (c.n_heads + c.n_kv_heads) * c.head_dim
+    moe = c.n_experts * (3 * c.hidden * c.expert_width + c.hidden)
+    norms = 2 * c.hidden + 2 * c.head_dim
+    need = 2 * (c.n_layers * (attention + moe + norms) + 2 * c.vocab * c.hidden + c.hidden)
+    tried: list[str] = []
+    monkeypatch.setattr(hf_model, "load", lambda *_: tried.append("loaded"))
+    for free, loaded in ((need - 1, []), (need, ["loaded"])):
+        _stand_in(monkeypatch, Causal, free)
+        (row,) = collect("transformers", lambda: rows(file, config, device, [0], ours_of(config)))
+        assert tried == loaded
+        assert ("GiB are free" in row.absent) == (not loaded)
 
 
 @pytest.mark.parametrize(("spoil", "wrong"), [(0.0, False), (0.11, False), (0.13, True), (1.4, True)])
@@ -253,6 +257,13 @@ def test_our_logits_are_those_of_a_prompt(file: GGUFFile, config: Config, device
         assert torch.equal(logits, forward(model, cache, [token]).cpu())
 
 
+def test_our_logits_are_made_only_for_a_peer_that_is_judged_by_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Logits, "of", staticmethod(lambda model: f"of {model}"))
+    llama, library = Asked("llama.cpp", Path("llama-bench")), Asked("transformers")
+    assert peers_run.judge_of([llama], "ours") is None  # type: ignore[arg-type]
+    assert peers_run.judge_of([llama, library], "ours") == "of ours"  # type: ignore[arg-type, comparison-overlap]
+
+
 def test_our_model_is_gone_before_a_peer_takes_the_memory(
     model_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -272,7 +283,7 @@ def test_our_model_is_gone_before_a_peer_takes_the_memory(
 
     monkeypatch.setattr(whole, "run_wholes", run_wholes)
     monkeypatch.setattr(whole, "refusal", lambda *_: None)
-    monkeypatch.setattr(Logits, "of", lambda model: "logits" if isinstance(model, Held) else pytest.fail("no model"))
+    monkeypatch.setattr(Logits, "of", staticmethod(lambda model: "logits" if type(model) is Held else "no model"))
     monkeypatch.setattr(peers_run, "model_peers", peers)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     assert main(["bench", "--model", str(model_file), "decode-0", "--peer", "transformers", "--json", "-"]) == 0

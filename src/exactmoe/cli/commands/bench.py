@@ -269,12 +269,11 @@ def _whole(args: argparse.Namespace, asked: "Sequence[Asked]") -> int:
         print(f"{busy(trace):.1f} us busy; {args.trace} opens in ui.perfetto.dev", file=stream)
     peers = []
     if asked:
-        from exactmoe.bench.peers.hf_model import Logits
-        from exactmoe.bench.peers.run import model_peers
+        from exactmoe.bench.peers.run import judge_of, model_peers
         from exactmoe.bench.whole import release
 
         contexts = [row.tokens for row in chosen if row.kind == "decode"]
-        ours = Logits.of(model)
+        ours = judge_of(asked, model)
         del model
         release()  # a peer needs the device's memory for weights of its own
         peers = _told(model_peers(asked, file, config, device, contexts, ours), stream)
