@@ -88,7 +88,9 @@ def device(request):
 
 
 @pytest.fixture
-def run(pytester: pytest.Pytester):
+def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # a worker's process has no benchmarks
+
     def run(*options: str, equal: bool = True, only: str = "router") -> tuple[pytest.RunResult, list[str], Any]:
         pytester.makepyfile(device=DEVICE % equal)
         pytester.syspathinsert()
