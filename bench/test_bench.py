@@ -50,11 +50,11 @@ def measured(pytestconfig: pytest.Config) -> Iterator[Measure]:
     profile, path = (pytestconfig.getoption(f"exactmoe_{name}") for name in ("activations", "model"))
     row, described = _kernels(device, profile) if path is None else _model(path, device, profile)
 
-    def measure(name: str, sampler: Sampler) -> Row:
+    def kept(name: str, sampler: Sampler) -> Row:
         rows.append(row(name, sampler))
         return rows[-1]
 
-    yield measure
+    yield kept
     if rows:
         pytestconfig.stash[RUN] = described(rows)
 
@@ -75,8 +75,11 @@ def _model(path: str, device: torch.device, profile: str) -> tuple[Measure, Desc
     def row(name: str, sampler: Sampler) -> Row:
         if error := refused[name]:
             raise error
-        timed, memory = bench.row(table[name], sampler), bench.row(table["memory-most"])
-        return replace(timed, equal=timed.equal and memory.equal, gib=memory.gib)
+        held = bench.row(table["memory-loaded"])
+        if not held.equal:
+            return replace(held, name=name)
+        timed = bench.row(table[name], sampler)
+        return replace(timed, gib=bench.row(table["memory-most"]).gib)
 
     return row, bench.describe
 
