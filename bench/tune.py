@@ -2,8 +2,9 @@
 
     python -m exactmoe.bench.tune [NAME ...] [--activations q16_k] [--jobs N]
 
-It changes no file: a line that wins goes into kernels/tiles.py by hand, with its run in bench/NOTES.md. Every candidate
-is judged before it is timed, as every benchmark is. Compiling is what takes long, so N processes do it first.
+It changes no file: a line that wins here, and then in whole steps, goes into kernels/tiles.py by hand, with its run in
+bench/NOTES.md. Every candidate is judged before it is timed, as every benchmark is. Compiling is what takes long, so N
+processes do it first.
 
 exit status: 0 every candidate that compiles is right, 1 one is wrong, 2 no such benchmark, 3 no CUDA device"""
 
