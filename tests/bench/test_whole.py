@@ -31,6 +31,7 @@ from exactmoe.cli.main import main
 from exactmoe.kernels.decode_experts import Activated
 from exactmoe.kernels.errors import InvalidInput, MissingEnvironment
 from exactmoe.model import decode, forward
+from exactmoe.model.cache import KVCache
 from exactmoe.model.capacity import WORKSPACE, kv_bytes, needed
 from exactmoe.model.config import Config
 from exactmoe.model.gguf.reader import GGUFFile, open_gguf
@@ -223,18 +224,25 @@ def test_prompts_begin_with_an_empty_cache_behind_one_that_compiles(
 ) -> None:
     monkeypatch.setattr(wholly, "require_cuda", lambda _: None)
     lengths: list[int] = []
-    monkeypatch.setattr(wholly, "prefill", lambda model, cache, ids: lengths.append(cache.length) or ids)
+
+    def prefill(_model: Model, cache: KVCache, ids: list[int]) -> list[int]:
+        lengths.append(cache.length)
+        cache.length += len(ids)
+        return ids
+
+    monkeypatch.setattr(wholly, "prefill", prefill)
 
     def sampler(
         prepare: Callable[[], None], work: Callable[[], Any], rounds: int, warmup: int = 0, calls: int = 1
     ) -> list[float]:
         assert (warmup, calls) == (1, 1)
-        prepare()
-        assert work() == wholly.prompt_of(model, 5)
+        for _ in range(2):
+            prepare()
+            assert work() == wholly.prompt_of(model, 5)
         return [7.0] * rounds
 
     assert wholly.time_prefill(model, 5, 3, sampler) == [7.0] * 3
-    assert lengths == [0]
+    assert lengths == [0, 0]
 
 
 ROWS = [Whole("load"), Whole("memory-loaded"), Whole("decode", 4), Whole("prefill", 5), Whole("memory-most")]
