@@ -71,11 +71,11 @@ def _model(path: str, device: torch.device, profile: str) -> tuple[Measure, Desc
     file, table = open_gguf(path), wholes()
     refused = {name: refusal(row, file, Config.from_gguf(file), device) for name, row in table.items()}
     bench = ModelBench(file, device, profile)
+    held = bench.row(table["memory-loaded"])
 
     def row(name: str, sampler: Sampler) -> Row:
         if error := refused[name]:
             raise error
-        held = bench.row(table["memory-loaded"])
         if not held.equal:
             return replace(held, name=name)
         timed = bench.row(table[name], sampler)

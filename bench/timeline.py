@@ -58,11 +58,12 @@ def apart(trace: Mapping[str, Any]) -> dict[str, Any]:
     A kernel that is launched while the one before it still runs overlaps it, and Perfetto drops an event that begins
     within another of its track and ends behind it. Further tracks are named for their stream."""
     events = [dict(event) for event in trace.get("traceEvents", ())]
+    found = {**trace, "traceEvents": events}
     unused = 1 + max((event["tid"] for event in events if isinstance(event.get("tid"), int)), default=0)
     tracks: dict[tuple[Any, Any], list[Any]] = {}  # of a stream: their tids, its own first
     free: dict[tuple[Any, Any], float] = defaultdict(lambda: float("-inf"))  # of a track: from when on
     moved = {}
-    for kernel in sorted(_kernels({"traceEvents": events}), key=lambda event: float(event["ts"])):
+    for kernel in sorted(_kernels(found), key=lambda event: float(event["ts"])):
         pid, stream, start = kernel["pid"], kernel["tid"], float(kernel["ts"])
         own = tracks.setdefault((pid, stream), [stream])
         track = next((tid for tid in own if free[pid, tid] <= start), None)
@@ -71,7 +72,7 @@ def apart(trace: Mapping[str, Any]) -> dict[str, Any]:
             unused += 1
         free[pid, track] = start + float(kernel["dur"])
         moved[pid, stream, kernel["ts"]] = track
-    names = [
+    events += [
         {**event, "tid": tid, "args": {"name": f"{event['args']['name'].strip()}, overlapping"}}
         for event in events
         if event.get("name") == "thread_name"
@@ -80,7 +81,7 @@ def apart(trace: Mapping[str, Any]) -> dict[str, Any]:
     for event in events:
         if event.get("cat") == "kernel" or event.get("ph") == "f":  # an arrow ends where its kernel begins
             event["tid"] = moved.get((event["pid"], event["tid"], event["ts"]), event["tid"])
-    return {**trace, "traceEvents": events + names}
+    return found
 
 
 def summary(trace: Mapping[str, Any]) -> list[Kernel]:

@@ -25,6 +25,7 @@ from exactmoe.bench.run import calls_of
 from exactmoe.kernels import tiles
 from exactmoe.kernels.errors import InvalidInput, MissingEnvironment
 from exactmoe.kernels.launch import resolve_device
+from exactmoe.kernels.tensors import PROFILES
 from exactmoe.kernels.tiles import DecodeAttentionTile, MatvecTile
 from exactmoe.parity.bits import compare
 from exactmoe.parity.cases import kernel_output, reference_output
@@ -108,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
     """Print a table a benchmark."""
     parser = argparse.ArgumentParser(prog="python -m exactmoe.bench.tune", description=__doc__.split("\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(CANDIDATES)} (default: all)")
-    parser.add_argument("--activations", default="q8_k", choices=("q8_k", "q16_k"), help="profile (default: q8_k)")
+    parser.add_argument("--activations", default="q8_k", choices=PROFILES, help="profile (default: q8_k)")
     parser.add_argument("--jobs", type=int, default=8, metavar="N", help="processes that compile (default: 8)")
     args = parser.parse_args(argv)
     try:

@@ -2,11 +2,10 @@
 clock are stand-ins here."""
 
 import json
-import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from exactmoe.bench import whole
 from exactmoe.bench.clock import Times
-from exactmoe.bench.peers import hf_model, hf_transformers
+from exactmoe.bench.peers import hf_model
 from exactmoe.bench.peers import run as peers_run
 from exactmoe.bench.peers.hf_model import Logits, load, rows, time_steps
 from exactmoe.bench.peers.rows import Asked, PeerRow, collect
@@ -94,28 +93,20 @@ def config(file: GGUFFile) -> Config:
     return Config.from_gguf(file)
 
 
-def _stand_in(monkeypatch: pytest.MonkeyPatch, causal: type, free: int = 2**40) -> None:
-    monkeypatch.setattr(hf_transformers, "version", lambda _: "5.0")
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, free))
-    names = ["transformers", "transformers.models", "transformers.models.qwen3_moe"]
-    leaves = {
-        f"{names[2]}.configuration_qwen3_moe": {"Qwen3MoeConfig": SimpleNamespace},
-        f"{names[2]}.modeling_qwen3_moe": {"Qwen3MoeForCausalLM": causal, "Qwen3MoeRotaryEmbedding": Rotary},
-    }
-    for name in (*names, *leaves):
-        module = ModuleType(name)
-        module.__path__ = []
-        vars(module).update(leaves.get(name, {}))
-        monkeypatch.setitem(sys.modules, name, module)
-
-
 @pytest.fixture
-def library(monkeypatch: pytest.MonkeyPatch) -> None:
-    _stand_in(monkeypatch, Causal)
+def library(monkeypatch: pytest.MonkeyPatch, transformers: Callable[..., None]) -> Callable[..., None]:
+    """Puts a library there with a `causal` model, and a device with so many bytes `free`."""
+
+    def put(causal: type = Causal, free: int = 2**40) -> None:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, free))
+        transformers(Qwen3MoeForCausalLM=causal, Qwen3MoeRotaryEmbedding=Rotary)
+
+    put()
+    return put
 
 
 def test_every_weight_is_the_files_as_another_library_expands_it(
-    library: None, file: GGUFFile, config: Config, model_file: Path, device: torch.device
+    library: Callable[..., None], file: GGUFFile, config: Config, model_file: Path, device: torch.device
 ) -> None:
     wanted = {}
     for tensor in gguf.GGUFReader(model_file).tensors:
@@ -173,16 +164,16 @@ def ours_of(config: Config) -> Logits:
      (Broken, "RuntimeError: no such kernel")],
 )  # fmt: skip
 def test_a_library_that_is_put_together_otherwise_is_absent(
-    causal: type, why: str, file: GGUFFile, config: Config, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    causal: type, why: str, library: Callable[..., None], file: GGUFFile, config: Config, device: torch.device
 ) -> None:
-    _stand_in(monkeypatch, causal)
+    library(causal)
     (row,) = collect("transformers", lambda: rows(file, config, device, [0], ours_of(config)))
     assert why in row.absent
     assert "\n" not in row.absent
 
 
 def test_a_model_that_does_not_fit_in_bf16_is_absent_before_anything_is_allocated(
-    file: GGUFFile, config: Config, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    library: Callable[..., None], file: GGUFFile, config: Config, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     c = config
     attention = 2 * c.hidden * (c.n_heads + c.n_kv_heads) * c.head_dim
@@ -192,7 +183,7 @@ def test_a_model_that_does_not_fit_in_bf16_is_absent_before_anything_is_allocate
     tried: list[str] = []
     monkeypatch.setattr(hf_model, "load", lambda *_: tried.append("loaded"))
     for free, loaded in ((need - 1, []), (need, ["loaded"])):
-        _stand_in(monkeypatch, Causal, free)
+        library(free=free)
         (row,) = collect("transformers", lambda: rows(file, config, device, [0], ours_of(config)))
         assert tried == loaded
         assert ("GiB are free" in row.absent) == (not loaded)
@@ -200,7 +191,7 @@ def test_a_model_that_does_not_fit_in_bf16_is_absent_before_anything_is_allocate
 
 @pytest.mark.parametrize(("spoil", "wrong"), [(0.0, False), (0.11, False), (0.13, True), (1.4, True)])
 def test_a_row_is_judged_by_our_logits_and_timed_only_where_it_is_near(
-    spoil: float, wrong: bool, library: None, file: GGUFFile, config: Config, device: torch.device,
+    spoil: float, wrong: bool, library: Callable[..., None], file: GGUFFile, config: Config, device: torch.device,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     ours, timed = ours_of(config), []
@@ -216,7 +207,7 @@ def test_a_row_is_judged_by_our_logits_and_timed_only_where_it_is_near(
 
 
 def test_a_context_that_does_not_fit_is_absent_and_the_others_are_not(
-    library: None, file: GGUFFile, config: Config, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    library: Callable[..., None], file: GGUFFile, config: Config, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def time_steps(_model: Any, _config: Config, _device: torch.device, context: int) -> list[float]:
         if context:

@@ -2,11 +2,10 @@
 
 import json
 import math
-import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -139,21 +138,6 @@ def test_a_torch_without_the_product_is_absent(monkeypatch: pytest.MonkeyPatch) 
     assert "absent" in str(row)
 
 
-def _transformers(monkeypatch: pytest.MonkeyPatch, block: Callable[..., torch.nn.Module]) -> None:
-    """A package of that name, whose layer is `block`."""
-    monkeypatch.setattr(hf_transformers, "version", lambda _: "5.0")
-    names = ["transformers", "transformers.models", "transformers.models.qwen3_moe"]
-    leaves = {
-        f"{names[2]}.configuration_qwen3_moe": {"Qwen3MoeConfig": SimpleNamespace},
-        f"{names[2]}.modeling_qwen3_moe": {"Qwen3MoeSparseMoeBlock": block},
-    }
-    for name in (*names, *leaves):
-        module = ModuleType(name)
-        module.__path__ = []
-        vars(module).update(leaves.get(name, {}))
-        monkeypatch.setitem(sys.modules, name, module)
-
-
 class Block(torch.nn.Module):
     """As transformers 5 puts its layer together."""
 
@@ -181,18 +165,18 @@ class Other(torch.nn.Module):
 
 
 def test_the_block_of_transformers_runs_on_our_weights(
-    monkeypatch: pytest.MonkeyPatch, small: Layer, x: Tensor
+    transformers: Callable[..., None], small: Layer, x: Tensor
 ) -> None:
-    _transformers(monkeypatch, Block)
+    transformers(Qwen3MoeSparseMoeBlock=Block)
     weights = small._replace(router=small.router.bfloat16().float())
     call = hf_transformers.block(weights, TOP, "grouped_mm")
     assert 0 < distance(call(x), exact(weights, x, TOP)) < NEAR
 
 
 def test_a_block_in_another_form_and_no_transformers_are_absent(
-    monkeypatch: pytest.MonkeyPatch, small: Layer, tiny_rows: list[int]
+    transformers: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tiny_rows: list[int]
 ) -> None:
-    _transformers(monkeypatch, Other)
+    transformers(Qwen3MoeSparseMoeBlock=Other)
     (row,) = collect("transformers", lambda: hf_transformers.layer_rows(CPU, [1]))
     assert "another form" in row.absent
 
