@@ -58,18 +58,22 @@ def sample(
 
 def time_graph(calls: Sequence[Callable[[], object]], samples: int = 30, sampler: Sampler = sample) -> Times:
     """Time `calls`, each of them as often in a graph as the others; a sample is the mean of a replay behind another."""
-    work = enough(calls)
-    graph = capture(work)
+    work, graph = enough(calls)
     return Times.of(sampler(graph.replay, graph.replay, samples, calls=len(work)))
 
 
-def enough(calls: Sequence[Callable[[], object]]) -> list[Callable[[], object]]:
-    """`calls` over and over, so often that a graph of them lasts `GRAPH_US`.
+def enough(calls: Sequence[Callable[[], object]]) -> tuple[list[Callable[[], object]], torch.cuda.CUDAGraph]:
+    """`calls` over and over, so often that a graph of them lasts `GRAPH_US`, and that graph.
 
     Of long calls, which are not held up by memory, only as many as last `_AT_MOST_US`, and at least two."""
     one = replay_us(capture(calls[:1]))
-    taken = list(calls[: max(2, math.ceil(_AT_MOST_US / one))])
-    return taken * max(1, math.ceil(GRAPH_US / replay_us(capture(taken))))
+    work = list(calls[: max(2, math.ceil(_AT_MOST_US / one))])
+    graph = capture(work)
+    times = math.ceil(GRAPH_US / replay_us(graph))
+    if times > 1:
+        work *= times
+        graph = capture(work)
+    return work, graph
 
 
 def capture(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:

@@ -39,7 +39,7 @@ def timer(profile: str, share: float | None = None) -> Callable[[str], dict[str,
 
     device = resolve_device("cuda")
     from exactmoe.bench.cases import benches
-    from exactmoe.bench.clock import METHOD, capture, enough, replay_us
+    from exactmoe.bench.clock import METHOD, enough, replay_us
     from exactmoe.bench.plant import Spins, planted, spins
     from exactmoe.bench.run import calls_of, judge
     from exactmoe.kernels.errors import InvalidInput
@@ -68,10 +68,8 @@ def timer(profile: str, share: float | None = None) -> Callable[[str], dict[str,
         if name not in ready:
             # Something before it, or it would get the memory that it had.
             room[:] = [torch.empty(random.randrange(1, 64) << 21, dtype=torch.uint8, device=device)]
-            work = enough(list(calls_of(table[name], args)))
-            if share is None:
-                graph = capture(work)
-            else:
+            work, graph = enough(list(calls_of(table[name], args)))
+            if share is not None:
                 try:
                     slow[name] = slow.get(name) or spins(work, share)
                 except InvalidInput as error:

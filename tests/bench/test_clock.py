@@ -56,7 +56,7 @@ def test_a_difference_of_readings_is_in_seconds_a_call_and_alone_waits(queue: li
 def call_us(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """A graph is the list of its calls, each of which takes what the list says last."""
     us = [0.0]
-    monkeypatch.setattr(clock, "capture", list)
+    monkeypatch.setattr(clock, "capture", tuple)
     monkeypatch.setattr(clock, "replay_us", lambda graph: us[-1] * len(graph))
     return us
 
@@ -65,7 +65,23 @@ def call_us(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_calls_are_repeated_in_order_until_their_graph_lasts(us: float, times: int, call_us: list[float]) -> None:
     call_us.append(us)
     calls = [lambda: "first", lambda: "second"]
-    assert clock.enough(calls) == times * calls
+    assert clock.enough(calls) == (times * calls, tuple(times * calls))
+
+
+@pytest.mark.parametrize(("us", "graphs"), [(150.0, [1, 2, 8]), (499.0, [1, 2, 4]), (500.0, [1, 2]), (5000.0, [1, 2])])
+def test_a_graph_that_lasts_is_not_captured_twice(
+    us: float, graphs: list[int], call_us: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call_us.append(us)
+    captured: list[int] = []
+
+    def capture(calls: list[Callable[[], object]]) -> tuple[Callable[[], object], ...]:
+        captured.append(len(calls))
+        return tuple(calls)
+
+    monkeypatch.setattr(clock, "capture", capture)
+    clock.enough([lambda: "first", lambda: "second"])
+    assert captured == graphs
 
 
 @pytest.mark.parametrize(
@@ -74,7 +90,7 @@ def test_calls_are_repeated_in_order_until_their_graph_lasts(us: float, times: i
 def test_of_long_calls_no_more_are_taken_than_a_graph_may_last(us: float, taken: int, call_us: list[float]) -> None:
     call_us.append(us)
     calls = [lambda i=i: i for i in range(1000)]
-    assert clock.enough(calls) == calls[:taken]
+    assert clock.enough(calls) == (calls[:taken], tuple(calls[:taken]))
 
 
 def test_a_sample_is_the_mean_of_a_graphs_calls(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,8 +68,7 @@ def device(request):
     (test_bench,) = {item.module for item in request.session.items}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(clock, "_event", Event)
-        patch.setattr(clock, "enough", list)
-        patch.setattr(clock, "capture", lambda calls: Graph())
+        patch.setattr(clock, "enough", lambda calls: (calls, Graph()))
         patch.setattr(run, "judge", lambda case, device: (EQUAL, "the digest"))
         patch.setattr(run, "calls_of", lambda bench, args: iter([lambda: None] * 8))
         patch.setattr(Roofs, "of", staticmethod(lambda device: Roofs(1000.0, 1.0)))

@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -169,7 +168,6 @@ def test_a_share_that_one_spin_exceeds_is_refused(monkeypatch: pytest.MonkeyPatc
 def test_a_worker_with_a_share_seeks_it_once_and_says_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     sought: list[float] = []
     placed: list[Spins] = []
-    graph = SimpleNamespace(replay=lambda: None)
 
     def seek(calls: list[Any], share: float) -> Spins:
         sought.append(share)
@@ -179,14 +177,13 @@ def test_a_worker_with_a_share_seeks_it_once_and_says_what_was_measured(monkeypa
 
     def plant(calls: list[Any], where: Spins) -> tuple[Any, float]:
         placed.append(where)
-        return graph, 0.03 + 0.001 * len(placed)
+        return "slower graph", 0.03 + 0.001 * len(placed)
 
     monkeypatch.setattr(launch, "resolve_device", lambda _="auto": torch.device("cpu"))
     monkeypatch.setattr(running, "judge", lambda case, device: (True, "d"))
     monkeypatch.setattr(running, "calls_of", lambda bench, args: [lambda: None] * 3)
-    monkeypatch.setattr(clock, "capture", lambda calls: graph)
-    monkeypatch.setattr(clock, "enough", lambda calls: 3 * calls)
-    monkeypatch.setattr(clock, "replay_us", lambda graph: 90.0)
+    monkeypatch.setattr(clock, "enough", lambda calls: (3 * calls, "graph"))
+    monkeypatch.setattr(clock, "replay_us", {"graph": 81.0, "slower graph": 90.0}.__getitem__)
     monkeypatch.setattr(planting, "spins", seek)
     monkeypatch.setattr(planting, "planted", plant)
     monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
@@ -198,4 +195,4 @@ def test_a_worker_with_a_share_seeks_it_once_and_says_what_was_measured(monkeypa
     assert answer("qkv") == {**said, "planted": 0.032}
     assert (sought, placed) == ([0.03], [Spins(2, 300)] * 2)
     assert answer("router") == {"error": "a delay cannot be planted"}
-    assert timer("q8_k")("qkv") == said
+    assert timer("q8_k")("qkv") == {**said, "us": 9.0}

@@ -59,15 +59,11 @@ def test_a_benchmark_is_made_anew_in_other_memory_and_judged_once(monkeypatch: p
         rooms.append(size)
         return empty(1, dtype=options["dtype"])
 
-    class Graph:
-        def replay(self) -> None: ...
-
     monkeypatch.setattr("exactmoe.kernels.launch.resolve_device", lambda _: torch.device("cpu"))
     monkeypatch.setattr("exactmoe.bench.run.calls_of", copies)
     monkeypatch.setattr("exactmoe.bench.run.judge", lambda case, _: judged.append(str(case)) or (True, "digest"))
-    monkeypatch.setattr("exactmoe.bench.clock.capture", lambda _: Graph())
-    monkeypatch.setattr("exactmoe.bench.clock.enough", lambda calls: 8 * calls)
-    monkeypatch.setattr("exactmoe.bench.clock.replay_us", lambda _: 80.0)
+    monkeypatch.setattr("exactmoe.bench.clock.enough", lambda calls: (8 * calls, "its graph"))
+    monkeypatch.setattr("exactmoe.bench.clock.replay_us", {"its graph": 80.0}.__getitem__)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: rooms.append(0))
     answer = worker.timer("q8_k")
     monkeypatch.setattr(torch, "empty", room)
