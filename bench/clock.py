@@ -5,7 +5,10 @@ over, so that each reads its own from memory. With one copy the cache is warm.
 
 On an idle device a graph starts some microseconds after the event in front of it, now 3 and now 8: of a graph of 150 us
 that is 4% too much, and noise of 2%. So a replay in front keeps the device busy until event and graph are in its queue,
-and a graph lasts `GRAPH_US` or more."""
+and a graph lasts `GRAPH_US` or more.
+
+A device that was idle, or busy with little, is up to 2.4% slower at what multiplies, for up to 0.17 s: a third of the
+samples of some kernels and all of others. So a row's samples begin after `SETTLED_US` of the same work."""
 
 import math
 import statistics
@@ -14,8 +17,11 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-METHOD = 2  # counted up when times come to mean something else; 1 had idle starts in them, and weights from the cache
+# Counted up when times come to mean something else: those of a row, and of a replay, by which revisions are compared.
+# 1 had idle starts in them, and weights from the cache; rows of 2 began before the device had settled.
+METHOD, REPLAY_METHOD = 3, 2
 GRAPH_US = 1000.0
+SETTLED_US = 250_000.0
 _AT_MOST_US = 20_000.0  # 99 copies of attention over 4,096 tokens would last two seconds
 ROTATED = 16 * 50 * 2**20  # bytes of weights, 16 times the L2 of an H100: with 4, some kernels are a sixth too fast
 
@@ -57,9 +63,11 @@ def sample(
 
 
 def time_graph(calls: Sequence[Callable[[], object]], samples: int = 30, sampler: Sampler = sample) -> Times:
-    """Time `calls`, each of them as often in a graph as the others; a sample is the mean of a replay behind another."""
+    """Time `calls`, each of them as often in a graph as the others; a sample is the mean of a replay behind another,
+    on a device that has settled."""
     work, graph = enough(calls)
-    return Times.of(sampler(graph.replay, graph.replay, samples, calls=len(work)))
+    warmup = math.ceil(SETTLED_US / (2 * replay_us(graph)))
+    return Times.of(sampler(graph.replay, graph.replay, samples, warmup, len(work)))
 
 
 def enough(calls: Sequence[Callable[[], object]]) -> tuple[list[Callable[[], object]], torch.cuda.CUDAGraph]:

@@ -39,7 +39,7 @@ def timer(profile: str, share: float | None = None) -> Callable[[str], dict[str,
 
     device = resolve_device("cuda")
     from exactmoe.bench.cases import benches
-    from exactmoe.bench.clock import METHOD, enough, replay_us
+    from exactmoe.bench.clock import REPLAY_METHOD, enough, replay_us
     from exactmoe.bench.plant import Spins, planted, spins
     from exactmoe.bench.run import calls_of, judge
     from exactmoe.kernels.errors import InvalidInput
@@ -77,7 +77,7 @@ def timer(profile: str, share: float | None = None) -> Callable[[str], dict[str,
                 graph, said["planted"] = planted(work, slow[name])
             ready[name] = graph, work
         graph, work = ready[name]
-        return {"us": replay_us(graph) / len(work) if said["equal"] else None, "method": METHOD, **said}
+        return {"us": replay_us(graph) / len(work) if said["equal"] else None, "method": REPLAY_METHOD, **said}
 
     return answer
 

@@ -95,7 +95,8 @@ def test_of_long_calls_no_more_are_taken_than_a_graph_may_last(us: float, taken:
 
 def test_a_sample_is_the_mean_of_a_graphs_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
-    times = iter([100.0, 500.0, 990.0, 1000.0, 1010.0])  # of one call, of five, and of a graph that has them twice
+    # Of one call, of five, and of a graph that has them twice: how long it lasts, two rounds that warm up, and three.
+    times = iter([100.0, 500.0, 1000.0, 1200.0, 1200.0, 990.0, 1000.0, 1010.0])
 
     def elapsed(call: Callable[[], object]) -> float:
         call()
@@ -104,8 +105,25 @@ def test_a_sample_is_the_mean_of_a_graphs_calls(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(clock, "capture", lambda _: SimpleNamespace(replay=lambda: done.append("replay")))
     monkeypatch.setattr(clock, "elapsed", elapsed)
+    monkeypatch.setattr(clock, "SETTLED_US", 4000.0)
     assert clock.time_graph([lambda: None] * 5, 3) == clock.Times(100.0, 99.0, 101.0)
-    assert done[-9:] == ["replay", "replay", "timed"] * 3
+    assert done[-15:] == ["replay", "replay", "timed"] * 5
+
+
+@pytest.mark.parametrize(("us", "rounds"), [(50.0, 125), (400.0, 79), (10_000.0, 7), (1e6, 1)])
+def test_a_device_settles_for_a_quarter_of_a_second(us: float, rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int, int]] = []
+
+    def sampler(prepare: object, work: object, rounds: int, warmup: int = 0, calls: int = 1) -> list[float]:
+        asked.append((rounds, warmup, calls))
+        return [1.0]
+
+    monkeypatch.setattr(clock, "capture", lambda calls: SimpleNamespace(replay=None, us=us * len(calls)))
+    monkeypatch.setattr(clock, "replay_us", lambda graph: graph.us)
+    clock.time_graph([lambda: None] * 2, 30, sampler)
+    ((samples, warmup, calls),) = asked
+    assert (samples, warmup) == (30, rounds)
+    assert 2 * warmup * calls * us >= 250_000
 
 
 def test_a_round_is_prepared_and_what_warms_up_does_not_count(queue: list[str]) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from exactmoe.bench import compare as comparing
 from exactmoe.bench import step, whole, worker
-from exactmoe.bench.clock import METHOD
+from exactmoe.bench.clock import REPLAY_METHOD
 from exactmoe.cli.main import main
 from exactmoe.model import decode
 from exactmoe.model.weights import Model, load_model
@@ -68,7 +68,7 @@ def test_a_benchmark_is_made_anew_in_other_memory_and_judged_once(monkeypatch: p
     answer = worker.timer("q8_k")
     monkeypatch.setattr(torch, "empty", room)
     said = [answer(name) for name in ("norm-8", "norm-8", worker.RENEW, "norm-8", "norm-8", "nothing", "route-8")]
-    time = {"us": 10.0, "method": METHOD, "equal": True, "digest": "digest"}
+    time = {"us": 10.0, "method": REPLAY_METHOD, "equal": True, "digest": "digest"}
     assert said == [
         time,
         time,
