@@ -4,6 +4,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from exactmoe.bench import clock
 
@@ -105,8 +106,7 @@ def test_a_sample_is_the_mean_of_a_graphs_calls(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(clock, "capture", lambda _: SimpleNamespace(replay=lambda: done.append("replay")))
     monkeypatch.setattr(clock, "elapsed", elapsed)
-    monkeypatch.setattr(clock, "SETTLED_US", 4000.0)
-    assert clock.time_graph([lambda: None] * 5, 3) == clock.Times(100.0, 99.0, 101.0)
+    assert clock.time_graph([lambda: None] * 5, 3, settled_us=4000.0) == clock.Times(100.0, 99.0, 101.0)
     assert done[-15:] == ["replay", "replay", "timed"] * 5
 
 
@@ -124,6 +124,15 @@ def test_a_device_settles_for_a_quarter_of_a_second(us: float, rounds: int, monk
     ((samples, warmup, calls),) = asked
     assert (samples, warmup) == (30, rounds)
     assert 2 * warmup * calls * us >= 250_000
+
+
+def test_the_roof_of_what_multiplies_is_that_of_a_device_with_power_to_spare(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[object] = []
+    monkeypatch.setattr(clock, "capture", lambda calls: SimpleNamespace(replay=lambda: None))
+    monkeypatch.setattr(clock, "replay_us", lambda graph: 1400.0)
+    monkeypatch.setattr(clock, "elapsed", lambda work: timed.append(work) or 2048.0)
+    assert clock.matmul_rate(torch.device("meta")) == pytest.approx(2 * 8192**3 / 2048e-6 / 1e12)
+    assert len(timed) == 5
 
 
 def test_a_round_is_prepared_and_what_warms_up_does_not_count(queue: list[str]) -> None:

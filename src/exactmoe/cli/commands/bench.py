@@ -35,9 +35,9 @@ EXAMPLES = """examples:
   exactmoe bench --history bench/results/nvidia-h100-80gb-hbm3.jsonl --markdown
   exactmoe bench --readme README.md
 
-Times are of the device, between events around replays of a graph: cold with weights rotated so that they come from
-memory, warm from the cache. The roofs are measured in the same run. A row whose bits are not those it is judged by, the
-reference's for a kernel, gets no number.
+Times are of the device, between events around replays of a graph, behind a quarter of a second of the same: cold with
+weights rotated so that they come from memory, warm from the cache. The roofs are measured in the same run. A row whose
+bits are not those it is judged by, the reference's for a kernel, gets no number.
 
 With --model the rows are decode steps after 0, 4,096 and 32,768 positions, prompts of 512 to 4,096 tokens, loading, and
 memory. Steps and prompts are judged by each other. A row that the model or the device is too small for is not run, and
