@@ -55,7 +55,7 @@ def test_a_difference_of_readings_is_in_seconds_a_call_and_alone_waits(queue: li
 
 @pytest.fixture
 def call_us(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """A graph is the list of its calls, each of which takes what the list says last."""
+    """A graph is the tuple of its calls, each of which takes what the list says last."""
     us = [0.0]
     monkeypatch.setattr(clock, "capture", tuple)
     monkeypatch.setattr(clock, "replay_us", lambda graph: us[-1] * len(graph))
